@@ -1,0 +1,102 @@
+"""What comes in is checked before anything is written: one comparison chain when all is well, words when it is not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _tensors(**named: Tensor | None) -> None:
+    """Every argument is a floating tensor, all on one device."""
+    first: tuple[str, torch.device] | None = None
+    for name, t in named.items():
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: got dtype {t.dtype}, wanted a floating dtype (bf16, fp16, fp32, fp64)")
+        if first is None:
+            first = name, t.device
+        elif t.device != first[1]:
+            raise ValueError(f"{name}: got device {t.device}, wanted {first[1]}, where {first[0]} is")
+
+
+def _shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -> None:
+    if t is not None and tuple(t.shape) != wanted:
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {wanted}: {meaning}")
+
+
+def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
+    """scaling: a finite number or a 0-d tensor (whose value is not read: that would sync).   dropout_p: in [0, 1)."""
+    if isinstance(scaling, Tensor):
+        if scaling.numel() != 1:
+            raise ValueError(f"scaling: got a tensor of shape {tuple(scaling.shape)}, wanted a number or a 0-d tensor")
+    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
+        raise TypeError(f"scaling: got {type(scaling).__name__}, wanted a number or a 0-d tensor")
+    elif not math.isfinite(scaling):
+        raise ValueError(f"scaling: got {scaling}, wanted a finite number")
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a number in [0, 1)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
+
+
+def _adapter(K: int, N: int, lora_A: Tensor, lora_B: Tensor, lora_bias: Tensor | None) -> None:
+    """lora_A: [R, K], lora_B: [N, R], R ≥ 1, lora_bias: [N]."""
+    for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if t.dim() != 2:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted two dimensions")
+    R = lora_A.shape[0]
+    if R == 0:
+        raise ValueError(f"lora_A: got rank 0 (shape {tuple(lora_A.shape)}), wanted [R, K] with R ≥ 1")
+    _shape("lora_A", lora_A, (R, K), "[R, K], K the last dimension of x")
+    _shape("lora_B", lora_B, (N, R), "[N, R], R the first dimension of lora_A and N the layer's out features")
+    _shape("lora_bias", lora_bias, (N,), "[N], N the layer's out features")
+
+
+def check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    lora_bias: Tensor | None,
+    autocast: torch.dtype | None,
+) -> None:
+    """Raise ValueError or TypeError, naming the argument, unless these make a LoRA layer."""
+    check_numbers(scaling, dropout_p)
+    _tensors(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    if x.dim() == 0:
+        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [N, K]")
+    N, K = weight.shape
+    if x.shape[-1] != K:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {K}]: weight is [N, K] = {tuple(weight.shape)}")
+    if x.dtype != weight.dtype and autocast is None:
+        raise TypeError(f"x: got dtype {x.dtype}, wanted weight's {weight.dtype} (autocast is off)")
+    _shape("bias", bias, (N,), "[N], N the first dimension of weight")
+    _adapter(K, N, lora_A, lora_B, lora_bias)
+
+
+def check_update(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    lora_bias: Tensor | None,
+) -> None:
+    """As `check_linear`, with a base output y: [..., N] in the place of weight and bias."""
+    check_numbers(scaling, dropout_p)
+    _tensors(y=y, x=x, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    if x.dim() == 0:
+        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
+    _shape("y", y, (*x.shape[:-1], y.shape[-1] if y.dim() else 0), "[..., N] with the leading dimensions of x")
+    _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, lora_bias)

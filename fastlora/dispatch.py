@@ -1,0 +1,112 @@
+"""Which path an op takes, and why, as a value one can print."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import ops
+
+log = logging.getLogger("fastlora")
+
+BACKENDS = ("triton", "torch")
+
+
+@dataclass
+class Environment:
+    """What the user said from outside, read once at import.
+
+    backend: FASTLORA_BACKEND, "triton" | "torch" | None (decide).   strict: FASTLORA_STRICT=1, a fallback is an error.
+    disable: FASTLORA_DISABLE=1, patched layers run PEFT's own forward and the functional ops run on torch.
+    """
+
+    backend: str | None = field(default_factory=lambda: os.environ.get("FASTLORA_BACKEND") or None)
+    strict: bool = field(default_factory=lambda: os.environ.get("FASTLORA_STRICT", "0") not in ("", "0"))
+    disable: bool = field(default_factory=lambda: os.environ.get("FASTLORA_DISABLE", "0") not in ("", "0"))
+
+    def __post_init__(self) -> None:
+        if self.backend is not None and self.backend not in BACKENDS:
+            raise ValueError(f"FASTLORA_BACKEND: got {self.backend!r}, wanted one of {BACKENDS}")
+
+
+env = Environment()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One op's path: `backend` runs it by `strategy` with `tile`, because of `why`.
+
+    backend: "triton", "torch" or "peft" (PEFT's own forward).   strategy: "fused" (one GEMM with the low-rank prologue),
+    "split" (the vendor's GEMM, then one expand in place) or None.   tile: the launch configuration, None off Triton.
+    """
+
+    backend: str
+    strategy: str | None
+    tile: dict[str, int] | None
+    why: str
+
+    def __str__(self) -> str:
+        parts = [self.backend, self.strategy or "", str(self.tile) if self.tile else "", f"({self.why})"]
+        return " ".join(part for part in parts if part)
+
+
+def backend_of(x: Tensor, asked: str | None = None) -> str:
+    """ "triton" or "torch" for an op on x.   asked: the caller's `backend`; FASTLORA_BACKEND stands in for None.
+
+    Raises ValueError for an unknown name, RuntimeError when "triton" is demanded where it cannot run.
+    """
+    asked = asked or ("torch" if env.disable else env.backend)
+    if asked == "torch":
+        return "torch"
+    if asked is None:
+        return "triton" if x.is_cuda and ops.triton_unavailable(x) is None else "torch"
+    if asked != "triton":
+        raise ValueError(f"backend: got {asked!r}, wanted one of {BACKENDS} or None")
+    reason = ops.triton_unavailable(x)
+    if reason is not None:
+        raise RuntimeError(f"backend: 'triton' was asked for, and {reason}; on a CPU set TRITON_INTERPRET=1 before import")
+    return "triton"
+
+
+def decide(x: Tensor, N: int, R: int, asked: str | None = None, dtype: torch.dtype | None = None) -> Decision:
+    """How a LoRA layer of N out features and rank R takes x: [..., K].   dtype: the GEMM's, x's unless autocast."""
+    backend, main = backend_of(x, asked), dtype or x.dtype
+    if backend == "torch":
+        if asked == "torch":
+            why = "backend='torch' was asked for"
+        elif env.disable or env.backend == "torch":
+            why = "FASTLORA_DISABLE=1" if env.disable else "FASTLORA_BACKEND=torch"
+        else:
+            why = ops.triton_unavailable(x) or "CPU tensors run on torch unless backend='triton' is asked for"
+        return Decision("torch", None, None, why)
+    M, K = x.numel() // max(x.shape[-1], 1), x.shape[-1]
+    arch = ops.kernels.arch(x)
+    strategy, why = ops.kernels.strategy(arch, main, M, N, K, R)
+    tile: dict[str, Any] = asdict(ops.kernels.tile("expand" if strategy == "fused" else "add", arch, main, M, N))
+    return Decision("triton", strategy, tile, why)
+
+
+def explain(layer: Any, x: Tensor) -> Decision:
+    """What `layer` (a LoRALinear, or a layer of a patched PEFT model) would do with x, and why; runs nothing."""
+    decide_for = getattr(layer, "decide", None)
+    if decide_for is None:
+        raise TypeError(f"layer: got {type(layer).__name__}, wanted a fastlora.LoRALinear or a patched PEFT layer")
+    decision: Decision = decide_for(x)
+    return decision
+
+
+_told: set[str] = set()
+
+
+def fell_back(where: str, reason: str, strict: bool = False) -> None:
+    """Say, once per reason, that `where` runs PEFT's own forward; under strict raise instead."""
+    if strict or env.strict:
+        raise RuntimeError(f"{where}: strict mode forbids a fallback, and this one would run: {reason}")
+    if reason not in _told:
+        _told.add(reason)
+        log.warning("%s falls back to PEFT's own forward: %s (said once per reason)", where, reason)

@@ -1,0 +1,167 @@
+"""The torch backend: the layer in plain PyTorch operators, arranged for a CPU.
+
+Same operands as the Triton launchers. What it saves over PEFT's formulation: the low-rank term lands in the base
+output in place (no M×N intermediate), products with fp32 adapters on a bf16 base run as one bf16 product of split
+factors, and dropout draws the gaps between dropped elements instead of one number an element.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastlora import reference
+from fastlora.reference import dropout_scale
+
+_SPLIT_FROM = 64
+"""Rows from which a bf16 base takes a split fp32 product; below, fp32 with one rounding is as fast and simpler."""
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dx, da, db), each None where nobody asked for it."""
+
+
+def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """Flat positions of the dropped elements of an [M, K] tensor, ascending, the same for the same seed.
+
+    On a CPU the gaps between them are drawn (geometric, so each element is dropped with probability p, independently):
+    p·M·K numbers instead of M·K, from a stream of the CPU's own. Elsewhere the positions are `reference.dropout_mask`'s.
+    """
+    if seed.device.type != "cpu":
+        return (~reference.dropout_mask(seed, M, K, p)).view(-1).nonzero().view(-1)
+    size = M * K
+    generator = torch.Generator().manual_seed(int(seed))
+    expected = size * p
+    draws = int(expected + 6 * math.sqrt(expected * (1 - p)) + 16)  # six sigma: one pass is enough
+    runs, end = [], -1
+    while end < size:  # u in [0, 1) has 24 bits, so log1p(-u) is finite
+        gaps = torch.rand(draws, generator=generator).neg_().log1p_().mul_(1 / math.log1p(-p))
+        runs.append(gaps.to(torch.int64).add_(1).cumsum_(0).add_(end))
+        end = int(runs[-1][-1])
+    positions = runs[0] if len(runs) == 1 else torch.cat(runs)
+    return positions[: int(torch.searchsorted(positions, size))]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dropped(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x in dtype with the elements `gone` selected away, not yet divided by 1−p."""
+    if gone is None:
+        return x.to(dtype)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1).index_fill_(0, gone, 0).view(x.shape)
+
+
+def _shrink(x: Tensor, a: Tensor, gone: Tensor | None, p: float) -> Tensor:
+    """h = drop(x)·aᵀ in fp32; 16-bit x and a of one dtype multiply as they are, as plain torch does."""
+    thin = x.dtype if x.dtype == a.dtype else _wide(x)
+    h = torch.mm(_dropped(x, gone, thin), a.to(thin).t()).to(_wide(x))
+    return h if gone is None else h.mul_(dropout_scale(p))
+
+
+def _split(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 factors whose product is f·gᵀ to 16 bits: [hi hi lo]·[hi lo hi]ᵀ."""
+    f_hi, g_hi = f.bfloat16(), g.bfloat16()
+    f_lo, g_lo = (f - f_hi).bfloat16(), (g - g_hi).bfloat16()
+    return torch.cat((f_hi, f_hi, f_lo), 1), torch.cat((g_hi, g_lo, g_hi), 1)
+
+
+def _add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
+    """y += scale·f·gᵀ in place, rounded once.   y: [M, N].   f: [M, R] fp32.   g: [N, R]."""
+    if y.dtype == f.dtype:
+        return y.addmm_(f, g.to(y.dtype).t(), alpha=scale)
+    if y.dtype == g.dtype:
+        return y.addmm_((f * scale).to(y.dtype), g.t())
+    if y.dtype == torch.bfloat16 and y.shape[0] >= _SPLIT_FROM:
+        left, right = _split(f * scale, g.to(f.dtype))
+        return y.addmm_(left, right.t())
+    return y.copy_(torch.addmm(y.to(f.dtype), f, g.to(f.dtype).t(), alpha=scale))
+
+
+def _with_bias(h: Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lora_bias as one more rank row: [h 1]·[b lora_bias]ᵀ."""
+    if lora_bias is None:
+        return h, b
+    return torch.cat((h, h.new_ones(h.shape[0], 1)), 1), torch.cat((b, lora_bias[:, None].to(b.dtype)), 1)
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
+    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    gone = holes(seed, *x.shape, p) if seed is not None else None
+    h = _shrink(x, a, gone, p)
+    return _add_low_rank_(y, *_with_bias(h, b, lora_bias), scale), h
+
+
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
+    gone = holes(seed, *x.shape, p) if seed is not None else None
+    h = _shrink(x, a, gone, p)
+    out = y.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return _add_low_rank_(out, *_with_bias(h, b, lora_bias), scale), h
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    want_dx: bool,
+    want_da: bool,
+    want_db: bool,
+) -> Grads:
+    """dx, da, db of the layer (w given) or of the low-rank update alone (w None); only what is wanted is computed.
+
+    x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
+    """
+    wide = _wide(dy)
+    thin = dy.dtype if dy.dtype == b.dtype else wide
+    dy_thin = dy.to(thin)
+    dx = da = db = None
+    if want_db and h is not None:
+        db = torch.mm(dy_thin.t(), h.mul(scale).to(thin)).to(b.dtype)
+    if not (want_dx or want_da):
+        return dx, da, db
+    M, K = dy.shape[0], a.shape[1]
+    gone = holes(seed, M, K, p) if seed is not None else None
+    dh = torch.mm(dy_thin, b.to(thin)).to(wide).mul_(scale if gone is None else scale * dropout_scale(p))
+    if want_da and x is not None:
+        thin = x.dtype if x.dtype == a.dtype else wide
+        da = torch.mm(dh.to(thin).t(), _dropped(x, gone, thin)).to(a.dtype)
+    if want_dx:
+        dx = torch.mm(dy, w) if w is not None else dy.new_zeros((M, K))
+        flat = dx.view(-1)
+        base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
+        _add_low_rank_(dx, dh, a.t(), 1.0)
+        if base is not None:
+            flat[gone] = base
+    return dx, da, db

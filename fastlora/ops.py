@@ -1,0 +1,202 @@
+"""torch.ops.fastlora.*: the layer forward and backward as opaque ops, over the Triton kernels or the torch backend.
+
+The only importer of fastlora_kernels. Every op takes `backend`: "torch", or for the kernels "triton" (the table picks
+the strategy), "fused" or "split" (forced). Dropout is on when a `seed` is given. Leading dimensions of x are rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import eager
+
+kernels: Any = None
+if importlib.util.find_spec("triton") is not None:  # Linux only; the torch backend serves elsewhere
+    import fastlora_kernels as kernels
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_lib = torch.library.Library("fastlora", "DEF")
+_lib.define(
+    "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor? lora_bias, Tensor? seed, "
+    "float scale, float p, str backend) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "lora_update(Tensor y, Tensor x, Tensor a, Tensor b, Tensor? lora_bias, Tensor? seed, "
+    "float scale, float p, ScalarType dtype, str backend) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "lora_backward(Tensor dy, Tensor? x, Tensor? w, Tensor a, Tensor b, Tensor? h, Tensor? seed, float scale, float p, "
+    "bool want_dx, bool want_da, bool want_db, str backend) -> Tensor[]"
+)
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on x; None when they can."""
+    if kernels is None:
+        return "triton is not installed"
+    if x.dtype not in TRITON_DTYPES:
+        return f"the kernels take bf16, fp16 and fp32, not {x.dtype}"
+    if x.device.type == "cuda" and not kernels.INTERPRET:
+        return None
+    if x.device.type == "cpu" and kernels.INTERPRET:
+        return None
+    return f"there is no Triton driver for device type {x.device.type!r}"
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] → [M, K], a view wherever the strides allow."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _plain(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off: the operands already have the dtypes they are to be multiplied in."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+@torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.
+
+    x: [..., K], w: [N, K] of one dtype.   a: [R, K], b: [N, R], bias, lora_bias: [N], any float dtype.
+    seed: [] int64 on x's device turns dropout p on.   Returns y: [..., N] in x's dtype, h = drop(x)·aᵀ: [M, R] fp32.
+    """
+    rows = _rows(x)
+    with _plain(x):
+        if backend == "torch":
+            y, h = eager.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p)
+        else:
+            y, h = kernels.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p, backend)
+    return y.view(*x.shape[:-1], w.shape[0]), h
+
+
+@torch.library.register_fake("fastlora::lora_linear", lib=_lib)
+def _(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], w.shape[0])), _fake_h(x, a)
+
+
+@torch.library.impl(_lib, "lora_update", "CompositeExplicitAutograd")
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y: [..., N], in `dtype`; operands as above."""
+    rows, base = _rows(x), _rows(y)
+    with _plain(x):
+        if backend == "torch":
+            out, h = eager.lora_update(base, rows, a, b, lora_bias, seed, scale, p, dtype)
+        else:
+            out, h = kernels.lora_update(base, rows, a, b, lora_bias, seed, scale, p, dtype)
+    return out.view(y.shape), h
+
+
+@torch.library.register_fake("fastlora::lora_update", lib=_lib)
+def _(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape, dtype=dtype), _fake_h(x, a)
+
+
+@torch.library.impl(_lib, "lora_backward", "CompositeExplicitAutograd")
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    want_dx: bool,
+    want_da: bool,
+    want_db: bool,
+    backend: str,
+) -> list[Tensor]:
+    """The wanted ones of [dx, da, db], in that order; without w, dx is the low-rank term's alone.
+
+    dy: [..., N], any strides.   x: [..., K], needed for da.   h: [M, R] fp32 as forward returned it, needed for db.
+    w, a, b, seed, scale, p: as in forward.   Returns dx: [..., K] in dy's dtype, da: [R, K] in a's, db: [N, R] in b's.
+    """
+    rows, grads = _rows(x) if x is not None else None, _rows(dy)
+    with _plain(dy):
+        if backend == "torch":
+            out = eager.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
+        else:
+            out = kernels.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db, backend)
+    dx = out[0].view(*dy.shape[:-1], a.shape[1]) if out[0] is not None else None
+    return [grad for grad in (dx, out[1], out[2]) if grad is not None]
+
+
+@torch.library.register_fake("fastlora::lora_backward", lib=_lib)
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    want_dx: bool,
+    want_da: bool,
+    want_db: bool,
+    backend: str,
+) -> list[Tensor]:
+    grads = []
+    if want_dx:
+        grads.append(dy.new_empty((*dy.shape[:-1], a.shape[1])))
+    return grads + [like.new_empty(like.shape) for want, like in ((want_da, a), (want_db, b)) if want]
+
+
+def _fake_h(x: Tensor, a: Tensor) -> Tensor:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return x.new_empty((rows, a.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -1,0 +1,167 @@
+"""The plain-torch twin of every op: the equations of LoRA as written, and the oracle of every test.
+
+Same names and letters as the kernels; no cleverness. Whatever dtype comes in, sums run in fp32 (fp64 for fp64 inputs)
+and each result is rounded once.  (Hu et al. 2021, "LoRA", §4.1; Salmon et al. 2011 for Philox)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def _philox(counter: tuple[Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox-4x32-10 at counter (c0, c1, 0, 0) under the 64-bit key `seed`: four 32-bit words, each held in int64."""
+    c0, c1 = torch.broadcast_tensors(*counter)
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        left, right = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]  # the low 64 bits survive int64 overflow
+        c0, c1, c2, c3 = (
+            ((right >> 32) & _WORD) ^ c1 ^ k0,
+            right & _WORD,
+            ((left >> 32) & _WORD) ^ c3 ^ k1,
+            left & _WORD,
+        )
+        k0, k1 = (k0 + _PHILOX_W[0]) & _WORD, (k1 + _PHILOX_W[1]) & _WORD
+    return [c0, c1, c2, c3]
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit lane value below which an element is dropped, round(65536·p); p in [0, 1)."""
+    return min(round(65536 * p), 65535)
+
+
+def dropout_scale(p: float) -> float:
+    """What a kept element is multiplied by, 65536 / (65536 − threshold): 1/(1−p) for the p that 16 bits can hold."""
+    return 65536 / (65536 - dropout_threshold(p))
+
+
+def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """The bits every kernel reproduces: keep[row, col] = lane(seed, row, col) ≥ round(65536·p).
+
+    Philox-4x32-10 with counter (row, col//8, 0, 0) and key `seed` gives four words, eight 16-bit lanes; column col
+    takes lane col % 8, the low half of a word before its high half.
+
+    seed: [] or [1] int64.   p: dropout probability in [0, 1).
+    Returns keep: [M, K] bool, True where the element survives.
+    """
+    device = seed.device
+    rows = torch.arange(M, device=device)[:, None]
+    groups = torch.arange((K + 7) // 8, device=device)[None, :]
+    words = torch.stack(_philox((rows, groups), seed.reshape(())), dim=-1)  # [M, K/8, 4]
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, -1)[:, :K]
+    return lanes >= dropout_threshold(p)
+
+
+def _wide(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype sums run in: fp64 as soon as one operand is fp64, fp32 otherwise."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """drop(x): dropped values are selected away (never multiplied by 0, so inf and NaN vanish too)."""
+    if p == 0 or seed is None:
+        return x
+    keep = dropout_mask(seed, x.shape[0], x.shape[1], p)
+    return torch.where(keep, x * dropout_scale(p), 0)
+
+
+def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """Low-rank activation, h = drop(x) · aᵀ  (shrink).
+
+    x: [M, K].   a: [R, K].   p, seed: dropout, see `dropout_mask`.   Returns h: [M, R] fp32 (fp64 for fp64 inputs).
+    """
+    wide = _wide(x, a)
+    return _drop(x.to(wide), p, seed) @ a.to(wide).t()
+
+
+def low_rank(h: Tensor, b: Tensor, scale: float, lora_bias: Tensor | None = None) -> Tensor:
+    """The low-rank update alone, scale·h·bᵀ + scale·lora_bias, unrounded.   Returns [M, N] in h's dtype."""
+    update = h @ b.to(h.dtype).t()
+    if lora_bias is not None:
+        update = update + lora_bias.to(h.dtype)
+    return update * scale
+
+
+def expand(
+    x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, b: Tensor, scale: float, lora_bias: Tensor | None = None
+) -> Tensor:
+    """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias, rounded once.
+
+    x: [M, K].   w: [N, K].   bias, lora_bias: [N].   h: [M, R].   b: [N, R].   Returns y: [M, N] in x's dtype.
+    """
+    y = x.to(h.dtype) @ w.to(h.dtype).t() + low_rank(h, b, scale, lora_bias)
+    if bias is not None:
+        y = y + bias.to(h.dtype)
+    return y.to(x.dtype)
+
+
+def add_expand(
+    y: Tensor, h: Tensor, b: Tensor, scale: float, lora_bias: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """y + scale·h·bᵀ + scale·lora_bias, rounded once to `dtype` (y's own by default): the *split* strategy's expand."""
+    return (y.to(h.dtype) + low_rank(h, b, scale, lora_bias)).to(dtype or y.dtype)
+
+
+def dy_pass(dy: Tensor, h: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """dh = scale·dy·b   and   db = scale·dyᵀ·h.   Returns dh: [M, R] fp32, db: [N, R] in b's dtype."""
+    wide = _wide(dy, h, b)
+    dh = (dy.to(wide) @ b.to(wide)) * scale
+    db = (dy.to(wide).t() @ h.to(wide)) * scale
+    return dh, db.to(b.dtype)
+
+
+def x_pass(x: Tensor, dh: Tensor, dtype: torch.dtype, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """da = dhᵀ · drop(x).   Returns da: [R, K] in `dtype`."""
+    return (dh.t() @ _drop(x.to(dh.dtype), p, seed)).to(dtype)
+
+
+def dx(dy: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """dx = dy·w + mask/(1−p) ⊙ (dh·a), rounded once; without w, the low-rank term alone.
+
+    dy: [M, N].   w: [N, K] or None.   dh: [M, R].   a: [R, K].   Returns dx: [M, K] in dy's dtype.
+    """
+    grad = _drop(dh @ a.to(dh.dtype), p, seed)
+    if w is not None:
+        grad = grad + dy.to(dh.dtype) @ w.to(dh.dtype)
+    return grad.to(dy.dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    lora_bias: Tensor | None = None,
+    backend: str | None = None,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """y = x·weightᵀ + bias + scaling·(drop(x)·lora_Aᵀ·lora_Bᵀ + lora_bias), by autograd through plain operators.
+
+    x: [..., K].   weight: [N, K].   bias, lora_bias: [N].   lora_A: [R, K].   lora_B: [N, R].   scaling: number or 0-d.
+    backend is taken for the twin's signature and ignored.   seed: [] int64, drawn by torch.randint when dropout is on
+    and none is given.   Returns y: [..., N] in x's dtype, rounded once.
+    """
+    p = dropout_p if training else 0.0
+    if p > 0 and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device, dtype=torch.int64)
+    rows = x.reshape(-1, x.shape[-1])
+    wide = _wide(x, weight, lora_A, lora_B)
+    y = rows.to(wide) @ weight.to(wide).t()
+    if bias is not None:
+        y = y + bias.to(wide)
+    update = shrink(rows, lora_A, p=p, seed=seed) @ lora_B.to(wide).t()
+    if lora_bias is not None:
+        update = update + lora_bias.to(wide)
+    y = y + update * scaling
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,27 @@
+"""Triton kernels of LoRA and their launchers: tensors in, tensors out. Knows no nn.Module, no autograd, no PEFT."""
+
+from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.dy_pass import dy_pass
+from fastlora_kernels.expand import add_dx, add_expand, dx, expand
+from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
+from fastlora_kernels.shrink import shrink
+from fastlora_kernels.tables import Tile, strategy, tile
+from fastlora_kernels.x_pass import x_pass
+
+__all__ = [
+    "INTERPRET",
+    "Tile",
+    "add_dx",
+    "add_expand",
+    "arch",
+    "dx",
+    "dy_pass",
+    "expand",
+    "lora_backward",
+    "lora_linear",
+    "lora_update",
+    "shrink",
+    "strategy",
+    "tile",
+    "x_pass",
+]

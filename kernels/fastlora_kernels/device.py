@@ -1,0 +1,35 @@
+"""Where a launch goes: the architecture whose table applies, the device guard, and whether Triton interprets."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+"""True when TRITON_INTERPRET was set as Triton's kernels were first imported: they then run on CPU tensors."""
+
+
+@lru_cache(maxsize=None)
+def _cuda_arch(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
+
+
+def arch(x: Tensor) -> str:
+    """The table's name for x's device: "sm_90", "gfx942", …; "interpreter" for CPU tensors."""
+    if x.device.type == "cuda":
+        return _cuda_arch(x.device.index if x.device.index is not None else torch.cuda.current_device())
+    return "interpreter"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launch on x's own GPU, and so on its current stream, whichever GPU is current for the caller."""
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()

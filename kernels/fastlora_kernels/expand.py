@@ -1,0 +1,245 @@
+"""y = x·wᵀ + bias + scale·h·bᵀ in one GEMM, and its transpose dx: the low-rank term is the prologue.
+
+The low-rank product runs first, into the accumulator that the main loop carries on, so no M×N intermediate exists. It
+is scaled, or masked for dx, in fp32 before the main loop starts: a tail that masks its own accumulator spills at
+128×256. The rank is walked in blocks with num_stages=1; one block of padded rank 512 would need 256 KiB.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.dot import cast, dot, pieces
+from fastlora_kernels.dropout import keep, keep_scale, threshold
+from fastlora_kernels.tables import Tile, tile
+
+GEMM, ADD, NONE = 0, 1, 2
+"""What the low-rank term lands on: x·wᵀ computed here, an M×N tensor already there, or nothing."""
+
+
+@triton.jit(do_not_specialize=["M"])
+def _expand_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    h_ptr,
+    b_ptr,
+    lora_bias_ptr,
+    seed_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_bias,
+    stride_hm,
+    stride_hr,
+    stride_bn,
+    stride_br,
+    stride_lora_bias,
+    stride_ym,
+    stride_yn,
+    scale,
+    threshold,
+    BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LORA_BIAS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PIECES: tl.constexpr,
+    MAIN_PIECES: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    # blocks of GROUP_M rows share their columns of w in L2
+    grid_m, grid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * grid_n)
+    in_group = tl.program_id(0) % (GROUP_M * grid_n)
+    group_m = tl.minimum(grid_m - group * GROUP_M, GROUP_M)
+    pid_m = group * GROUP_M + in_group % group_m
+    pid_n = in_group // group_m
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    h_rows = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
+    b_cols = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
+    for r in tl.range(0, R, BLOCK_R, num_stages=1):
+        offs_r = r + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < R
+        h = tl.load(h_rows + offs_r[None, :] * stride_hr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        b = tl.load(
+            b_cols + offs_r.to(tl.int64)[:, None] * stride_br, mask=mask_r[:, None] & mask_n[None, :], other=0.0
+        )
+        acc = dot(h, b, acc, PIECES, INTERPRET)
+    if HAS_LORA_BIAS:
+        lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)
+        acc += lora_bias.to(tl.float32)[None, :]
+    acc *= tl.cast(scale, tl.float32)
+    if DROPOUT:
+        kept = keep(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
+        acc = tl.where(kept, acc, 0.0)
+
+    if BASE == 0:
+        # rows past M repeat the last one: they are never stored, and x is loaded without a row mask
+        x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * stride_xm
+        w_cols = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
+        for k in tl.range(0, K, BLOCK_K):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            x_tile = x_rows + offs_k[None, :] * stride_xk
+            w_tile = w_cols + offs_k.to(tl.int64)[:, None] * stride_wk
+            if EVEN_K:
+                x = tl.load(x_tile)
+                w = tl.load(w_tile) if EVEN_N else tl.load(w_tile, mask=mask_n[None, :], other=0.0)
+            else:
+                mask_k = offs_k < K
+                x = tl.load(x_tile, mask=mask_k[None, :], other=0.0)
+                w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
+            acc = dot(x, w, acc, MAIN_PIECES, INTERPRET)
+
+    y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
+    mask = mask_m[:, None] & mask_n[None, :]
+    if BASE == 1:
+        base = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xk,
+                       mask=mask, other=0.0)  # fmt: skip
+        acc += base.to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    tl.store(y_tile, cast(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+def _launch(
+    kernel: str,
+    base: int,
+    x: Tensor,
+    w: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+    y: Tensor,
+    config: Tile | None,
+) -> Tensor:
+    """Run `_expand_kernel` over y: [M, N], with x either the GEMM's [M, K] or the [M, N] tensor to add to."""
+    (M, N), R = y.shape, h.shape[1]
+    K = w.shape[1] if w is not None else 0
+    if y.numel() == 0:
+        return y
+    dropped = p > 0 and seed is not None
+    main = x.dtype if base != NONE else y.dtype
+    t = config or tile(kernel, arch(y), main, M, N)
+    even_n, even_k = N % t.BLOCK_N == 0, K % t.BLOCK_K == 0
+    with on_device(y):
+        _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
+            x, w if w is not None else x, bias if bias is not None else x, h, b,
+            lora_bias if lora_bias is not None else x, seed if dropped else x, y,
+            M, N, K, R, *x.stride(), *(w.stride() if w is not None else (0, 0)),
+            bias.stride(0) if bias is not None else 0, *h.stride(), *b.stride(),
+            lora_bias.stride(0) if lora_bias is not None else 0, *y.stride(),
+            scale, threshold(p),
+            BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, DROPOUT=dropped,
+            PIECES=pieces(main, (torch.float32, b.dtype), y.dtype),
+            MAIN_PIECES=pieces(main, (w.dtype if w is not None else main,), y.dtype),
+            EVEN_N=even_n, EVEN_K=even_k, INTERPRET=INTERPRET,
+            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=16 if R <= 16 else 32, GROUP_M=8,
+            **t.options,
+        )  # fmt: skip
+    return y
+
+
+def expand(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    b: Tensor,
+    scale: float,
+    lora_bias: Tensor | None = None,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias in one GEMM, rounded once  (the *fused* strategy).
+
+    x: [M, K], w: [N, K], bf16/fp16/fp32 of one dtype, any strides.   bias, lora_bias: [N].   h: [M, R] fp32.   b: [N, R].
+    Returns y: [M, N] in x's dtype.
+    """
+    y = x.new_empty((x.shape[0], w.shape[0]))
+    return _launch("expand", GEMM, x, w, bias, h, b, lora_bias, scale, 0.0, None, y, config)
+
+
+def add_expand(
+    y: Tensor,
+    h: Tensor,
+    b: Tensor,
+    scale: float,
+    lora_bias: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """out = y + scale·h·bᵀ + scale·lora_bias, rounded once  (the *split* strategy's expand).
+
+    y: [M, N], any strides.   out: [M, N], any float dtype; y itself makes it in place; None a new tensor like y.
+    Returns out.
+    """
+    out = y.new_empty(y.shape) if out is None else out
+    return _launch("add", ADD, y, None, None, h, b, lora_bias, scale, 0.0, None, out, config)
+
+
+def dx(
+    dy: Tensor,
+    w: Tensor,
+    dh: Tensor,
+    a: Tensor,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """dx = dy·w + mask/(1−p) ⊙ (dh·a) in one GEMM, rounded once  (the *fused* strategy).
+
+    dy: [M, N], w: [N, K] of one dtype, any strides (0 too).   dh: [M, R] fp32.   a: [R, K].   p, seed: as in `shrink`.
+    Returns dx: [M, K] in dy's dtype.
+    """
+    grad = dy.new_empty((dy.shape[0], w.shape[1]))
+    return _launch("dx", GEMM, dy, w.t(), None, dh, a.t(), None, keep_scale(p), p, seed, grad, config)
+
+
+def add_dx(
+    base: Tensor | None,
+    dh: Tensor,
+    a: Tensor,
+    dtype: torch.dtype,
+    *,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """base + mask/(1−p) ⊙ (dh·a), in place where there is a base  (the *split* strategy's dx).
+
+    base: [M, K] = dy·w, or None for the low-rank term alone in `dtype`.   Returns dx: [M, K].
+    """
+    if base is None:
+        grad = dh.new_empty((dh.shape[0], a.shape[1]), dtype=dtype)
+        return _launch("add", NONE, grad, None, None, dh, a.t(), None, keep_scale(p), p, seed, grad, config)
+    return _launch("add", ADD, base, None, None, dh, a.t(), None, keep_scale(p), p, seed, base, config)

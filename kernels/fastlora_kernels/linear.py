@@ -1,0 +1,96 @@
+"""The whole layer in launches: which kernels run, in which order, forward and backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastlora_kernels.device import arch
+from fastlora_kernels.dy_pass import dy_pass
+from fastlora_kernels.expand import add_dx, add_expand, dx, expand
+from fastlora_kernels.shrink import shrink
+from fastlora_kernels.tables import strategy
+from fastlora_kernels.x_pass import x_pass
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""(dx, da, db), each None where nobody asked for it."""
+
+
+def chosen(x: Tensor, N: int, R: int, forced: str) -> str:
+    """ "fused" or "split" for a main GEMM [M, K]·[K, N]: `forced`, or the table's choice when that is "triton"."""
+    M, K = x.shape
+    return strategy(arch(x), x.dtype, M, N, K, R)[0] if forced == "triton" else forced
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    how: str,
+) -> tuple[Tensor, Tensor]:
+    """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.
+
+    how: "fused", "split", or "triton" (the table decides).   Returns y: [M, N] in x's dtype, h: [M, R] fp32.
+    """
+    h = shrink(x, a, p=p, seed=seed)
+    if chosen(x, w.shape[0], a.shape[0], how) == "fused":
+        return expand(x, w, bias, h, b, scale, lora_bias), h
+    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    return add_expand(y, h, b, scale, lora_bias, out=y), h
+
+
+def lora_update(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
+    h = shrink(x, a, p=p, seed=seed)
+    return add_expand(y, h, b, scale, lora_bias, out=y.new_empty(y.shape, dtype=dtype)), h
+
+
+def lora_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    p: float,
+    want_dx: bool,
+    want_da: bool,
+    want_db: bool,
+    how: str,
+) -> Grads:
+    """dx, da, db of the layer (w given) or of the low-rank update alone (w None); only what is wanted is computed.
+
+    dy: [M, N].   x: [M, K], read for da alone.   h: [M, R] fp32 as forward left it, read for db alone.
+    Returns dx: [M, K] in dy's dtype, da in a's, db in b's.
+    """
+    dh, db = dy_pass(dy, h, b, scale, want_dh=want_dx or want_da, want_db=want_db)
+    grad = da = None
+    if want_da and dh is not None and x is not None:
+        da = x_pass(x, dh, a.dtype, p=p, seed=seed)
+    if want_dx and dh is not None:
+        if w is not None and chosen(dy, w.shape[1], a.shape[0], how) == "fused":
+            grad = dx(dy, w, dh, a, p=p, seed=seed)
+        else:
+            base = torch.mm(dy, w) if w is not None else None
+            grad = add_dx(base, dh, a, dy.dtype, p=p, seed=seed)
+    return grad, da, db

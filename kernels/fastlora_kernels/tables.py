@@ -1,0 +1,68 @@
+"""Checked-in choices: the tile of every launch and *fused* or *split* for the main GEMM, per architecture.
+
+tables/<arch>.json holds {"tiles": {kernel: [row, …]}, "strategy": [row, …]}; the first row whose bounds admit the shape
+wins, and the last row of a list has none. An architecture without a file gets default.json: never an error.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch configuration. Thin kernels use BLOCK_M and one of BLOCK_N, BLOCK_K for their long axis."""
+
+    BLOCK_M: int
+    BLOCK_N: int = 128
+    BLOCK_K: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What goes to the compiler. FP fusion is explicit: Triton 3.10 turns its default off."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
+
+@lru_cache(maxsize=None)
+def table(arch: str) -> dict[str, Any]:
+    """The table of `arch`, or default.json where there is none; "name" says which."""
+    folder = Path(__file__).with_name("tables")
+    path = folder / f"{arch}.json"
+    if not path.exists():
+        path = folder / "default.json"
+    return {"name": path.stem, **json.loads(path.read_text())}
+
+
+def _admits(row: dict[str, Any], dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+    if "dtype" in row and _DTYPES[dtype] not in row["dtype"]:
+        return False
+    return all(size <= row.get(f"max_{name}", size) for name, size in sizes.items())
+
+
+@lru_cache(maxsize=4096)
+def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int) -> Tile:
+    """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an output or long axis of M rows and N."""
+    for row in table(arch)["tiles"][kernel]:
+        if _admits(row, dtype, {"M": M, "N": N}):
+            return Tile(**row["tile"])
+    raise LookupError(f"table {arch}: no row of {kernel!r} admits dtype {dtype}, M {M}, N {N}; its last row has bounds")
+
+
+@lru_cache(maxsize=4096)
+def strategy(arch: str, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> tuple[str, str]:
+    """("fused" | "split", why) for the main GEMM: a pure function of the arguments."""
+    chosen = table(arch)
+    for row in chosen["strategy"]:
+        if _admits(row, dtype, {"M": M, "N": N, "K": K, "R": R}):
+            return row["strategy"], f"table {chosen['name']}, {row['source']}: {row['why']}"
+    raise LookupError(f"table {arch}: no strategy admits dtype {dtype}, M {M}, N {N}, K {K}, R {R}")
