@@ -44,6 +44,14 @@ def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
         raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _adapter(K: int, N: int, lora_A: Tensor, lora_B: Tensor, lora_bias: Tensor | None) -> None:
     """lora_A: [R, K], lora_B: [N, R], R ≥ 1, lora_bias: [N]."""
     for name, t in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -66,9 +74,11 @@ def check_linear(
     scaling: float | Tensor,
     dropout_p: float,
     lora_bias: Tensor | None,
-    autocast: torch.dtype | None,
-) -> None:
-    """Raise ValueError or TypeError, naming the argument, unless these make a LoRA layer."""
+) -> torch.dtype | None:
+    """Raise ValueError or TypeError, naming the argument, unless these make a LoRA layer.
+
+    Returns the dtype that autocast wants x and weight in, None when it is off.
+    """
     check_numbers(scaling, dropout_p)
     _tensors(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
     if x.dim() == 0:
@@ -78,10 +88,12 @@ def check_linear(
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {K}]: weight is [N, K] = {tuple(weight.shape)}")
+    autocast = _autocast_dtype(x)
     if x.dtype != weight.dtype and autocast is None:
         raise TypeError(f"x: got dtype {x.dtype}, wanted weight's {weight.dtype} (autocast is off)")
     _shape("bias", bias, (N,), "[N], N the first dimension of weight")
     _adapter(K, N, lora_A, lora_B, lora_bias)
+    return autocast
 
 
 def check_update(
@@ -92,7 +104,7 @@ def check_update(
     scaling: float | Tensor,
     dropout_p: float,
     lora_bias: Tensor | None,
-) -> None:
+) -> torch.dtype | None:
     """As `check_linear`, with a base output y: [..., N] in the place of weight and bias."""
     check_numbers(scaling, dropout_p)
     _tensors(y=y, x=x, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
@@ -100,3 +112,4 @@ def check_update(
         raise ValueError("x: got a 0-d tensor, wanted [..., K]")
     _shape("y", y, (*x.shape[:-1], y.shape[-1] if y.dim() else 0), "[..., N] with the leading dimensions of x")
     _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, lora_bias)
+    return _autocast_dtype(x)

@@ -34,12 +34,15 @@ def _save(ctx: Any, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, h: Tensor
     )
 
 
-def _low_rank_grads(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """(dx, da, db), each None unless needed; dx holds the base's part too when forward saved w."""
+def _low_rank_grads(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """(dx, da, db), each None unless needed; dx holds the base's part too when forward saved w.
+
+    saved: ctx.saved_tensors, which checkpointing lets a backward read only once.
+    """
     need_x, _, need_a, need_b = ctx.needs
     if not (need_x or need_a or need_b):
         return None, None, None
-    x, w, a, b, h, seed = ctx.saved_tensors
+    x, w, a, b, h, seed = saved
     grads = iter(
         torch.ops.fastlora.lora_backward(
             dy, x, w, a, b, h, seed, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend
@@ -66,10 +69,11 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """dh = scale·dy·b;  db = scale·dyᵀ·h;  da = dhᵀ·drop(x);  dx = dy·w + mask/(1−p) ⊙ (dh·a)."""
     need = ctx.needs_input_grad
-    dx, da, db = _low_rank_grads(ctx, dy)
+    saved = ctx.saved_tensors
+    dx, da, db = _low_rank_grads(ctx, dy, saved)
     dw = dbias = dlora_bias = None
     if need[1]:  # the base is frozen in LoRA; when someone trains it, its gradient is right too
-        x = ctx.saved_tensors[0]
+        x = saved[0]
         dw = torch.mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
     if need[2]:
         dbias = _sum_rows(dy, ctx.bias_dtype)
@@ -90,7 +94,7 @@ def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """As `_linear_backward`, with the base's part of dx left to the base: dy passes through."""
     need = ctx.needs_input_grad
-    dx, da, db = _low_rank_grads(ctx, dy.to(ctx.x_dtype))
+    dx, da, db = _low_rank_grads(ctx, dy.to(ctx.x_dtype), ctx.saved_tensors)
     base = dy.to(ctx.y_dtype) if need[0] else None
     dlora_bias = _sum_rows(dy, ctx.lora_bias_dtype, ctx.scale) if need[4] else None
     return base, dx, da, db, dlora_bias, None, None, None, None, None
@@ -161,11 +165,6 @@ def _fold(scaling: float | Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple
     return 1.0, b.to(wide) * scaling, None if lora_bias is None else lora_bias.to(wide) * scaling
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -189,9 +188,8 @@ def lora_linear(
     Returns y: [..., N] in x's dtype.  Saves x (an alias), h (M·R fp32) and an 8-byte seed for backward.
     Raises ValueError, TypeError naming the argument that does not fit.   (Hu et al. 2021, §4.1)
     """
-    autocast = _autocast_dtype(x)
-    check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, lora_bias, autocast)
-    if autocast is not None and x.dtype != torch.float64:
+    autocast = check_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, lora_bias)
+    if autocast is not None:
         x, weight = x.to(autocast), weight.to(autocast)
     p = dropout_p if training else 0.0
     seed = draw_seed(x) if p > 0 else None
@@ -221,9 +219,8 @@ def lora_update(
     y: [..., N], what a base layer of any kind (quantised, too) made of x: [..., K].   dtype: of the result, y's unless
     given.   The rest, and what is saved and raised, as in `lora_linear`.   Returns a new tensor [..., N].
     """
-    autocast = _autocast_dtype(x)
-    check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias)
-    if autocast is not None and x.dtype != torch.float64:
+    autocast = check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias)
+    if autocast is not None:
         x = x.to(autocast)
     p = dropout_p if training else 0.0
     seed = draw_seed(x) if p > 0 else None

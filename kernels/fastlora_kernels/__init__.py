@@ -5,7 +5,7 @@ from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
 from fastlora_kernels.shrink import shrink
-from fastlora_kernels.tables import Tile, strategy, tile
+from fastlora_kernels.tables import Tile, strategy, table, tile
 from fastlora_kernels.x_pass import x_pass
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "lora_update",
     "shrink",
     "strategy",
+    "table",
     "tile",
     "x_pass",
 ]

@@ -1,0 +1,112 @@
+"""python -m fastlora info [--json]: versions, device, what each op resolves to and why, and a self-check."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from fastlora import __version__, dispatch, functional, ops, reference
+
+_PACKAGES = ("torch", "triton", "transformers", "peft")
+_SHAPES = {"one token": (1, 4096, 4096, 16), "training": (8192, 4096, 4096, 16), "narrow": (8192, 256, 1024, 16)}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    return [cpu, *(f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+
+
+def _paths(device: str) -> dict[str, str]:
+    """How a bf16 layer of each typical shape would run; the shapes are only described, nothing is allocated."""
+    paths = {}
+    for name, (M, K, N, R) in _SHAPES.items():
+        x = torch.empty(1, device=device, dtype=torch.bfloat16).expand(M, K)
+        paths[f"{name}: M {M}, K {K}, N {N}, R {R}, bf16"] = str(dispatch.decide(x, N, R))
+    return paths
+
+
+def _error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def self_check(device: str) -> dict[str, Any]:
+    """One layer forward and backward on fresh random bf16 inputs with fp32 adapters, against float64.
+
+    Returns {"error": {name: relative Frobenius error}, "plain": {…of plain torch}, "ok": each error ≤ 1.25 × plain's}.
+    """
+    M, K, N, R = 70, 200, 136, 7
+    x, w, dy = (torch.randn(s, device=device).bfloat16() for s in ((M, K), (N, K), (M, N)))
+    a, b = torch.randn(R, K, device=device), torch.randn(N, R, device=device)
+
+    def run(layer: Any, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, a, b)]
+        y = layer(leaves[0], w.to(dtype or w.dtype), None, *leaves[1:], 0.5)
+        grads = torch.autograd.grad(y, leaves, dy.to(y.dtype))
+        return dict(zip(("y", "dx", "da", "db"), (y.detach(), *grads), strict=True))
+
+    def plain(x: torch.Tensor, w: torch.Tensor, bias: None, a: torch.Tensor, b: torch.Tensor, s: float) -> torch.Tensor:
+        linear = torch.nn.functional.linear
+        return (linear(x, w) + linear(linear(x.to(a.dtype), a), b) * s).to(x.dtype)
+
+    exact = run(reference.lora_linear, torch.float64)
+    error = {k: _error(v, exact[k]) for k, v in run(functional.lora_linear, None).items()}
+    base = {k: _error(v, exact[k]) for k, v in run(plain, None).items()}
+    return {"error": error, "plain": base, "ok": all(error[k] <= 1.25 * base[k] for k in error)}
+
+
+def info() -> dict[str, Any]:
+    """Everything `python -m fastlora info` shows, as one JSON-able value."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "fastlora": __version__,
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "devices": _devices(),
+        "environment": vars(dispatch.env),
+        "kernels": ops.triton_unavailable(torch.empty(1, device=device)) or "available",
+        "table": ops.kernels.table(ops.kernels.arch(torch.empty(1, device=device)))["name"] if ops.kernels else None,
+        "paths": _paths(device),
+        "self_check": self_check(device),
+    }
+
+
+def _show(facts: dict[str, Any], indent: str = "") -> None:
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            _show(value, indent + "  ")
+        elif isinstance(value, list):
+            print(f"{indent}{key}", *(f"{indent}  {item}" for item in value), sep="\n")
+        else:
+            print(f"{indent}{key:<14} {f'{value:.2e}' if isinstance(value, float) else value}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fastlora", description="fastlora: what it is running on")
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("info", help="versions, device, the path of each op and why, a self-check")
+    show.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    args = parser.parse_args(argv)
+    facts = info()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        _show(facts)
+    return 0 if facts["self_check"]["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,295 @@
+"""The functional face: values, every gradient, and what torch expects of an op, on both backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tolerance import assert_close, assert_same
+from torch import Tensor
+
+from fastlora import functional, reference
+from fastlora.functional import draw_seed, lora_linear, lora_update
+
+BACKENDS = ("torch", "triton")
+MIXES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+    "fp16+fp32": (torch.float16, torch.float32),
+    "fp32+bf16": (torch.float32, torch.bfloat16),
+}
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+
+
+def plain_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, lora_A: Tensor, lora_B: Tensor, lora_bias: Tensor, mask: Tensor | None
+) -> Tensor:
+    """PEFT's formulation in the parameters' own dtypes; `mask` is dropout's, scaled."""
+    linear = torch.nn.functional.linear
+    inner = x.to(lora_A.dtype)
+    if mask is not None:
+        inner = inner * mask.to(inner.dtype)
+    update = linear(linear(inner, lora_A), lora_B, lora_bias)
+    return (linear(x, weight, bias) + update * 0.7).to(x.dtype)
+
+
+def make(
+    dtype: torch.dtype, adapter: torch.dtype, M: tuple[int, ...] = (3, 29), K: int = 61, N: int = 55, R: int = 5
+) -> dict[str, Tensor]:
+    tensors = {
+        "x": torch.randn(*M, K).to(dtype),
+        "weight": torch.randn(N, K).to(dtype),
+        "bias": torch.randn(N).to(dtype),
+        "lora_A": torch.randn(R, K).to(adapter),
+        "lora_B": torch.randn(N, R).to(adapter),
+        "lora_bias": torch.randn(N).to(adapter),
+    }
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def ours(t: dict[str, Tensor], p: float = 0.0, backend: str | None = None, scaling: float | Tensor = 0.7) -> Tensor:
+    return lora_linear(
+        t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], scaling,
+        dropout_p=p, lora_bias=t["lora_bias"], backend=backend,
+    )  # fmt: skip
+
+
+def outputs(run: Callable[[dict[str, Tensor]], Tensor], t: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]:
+    y = run(t)
+    grads = torch.autograd.grad(y, [t[name] for name in NAMES], dy.to(y.dtype))
+    return {"y": y.detach(), **{"d" + name: g for name, g in zip(NAMES, grads, strict=True)}}
+
+
+def dropped_mask(t: dict[str, Tensor], p: float, backend: str, seed: int) -> Tensor | None:
+    """The scaled mask that `ours` will draw after manual_seed(seed)."""
+    if p == 0:
+        return None
+    torch.manual_seed(seed)
+    drawn = draw_seed(t["x"])
+    M, K = t["x"].numel() // t["x"].shape[-1], t["x"].shape[-1]
+    if backend == "triton":
+        mask = reference.dropout_mask(drawn, M, K, p) * reference.dropout_scale(p)
+    else:
+        from fastlora.eager import holes
+
+        mask = torch.full((M * K,), reference.dropout_scale(p), dtype=torch.float64)
+        mask[holes(drawn, M, K, p)] = 0
+    return mask.view(t["x"].shape)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_and_every_gradient(backend: str, mix: str, p: float) -> None:
+    t = make(*MIXES[mix])
+    dy = torch.randn(*t["x"].shape[:-1], 55).to(t["x"].dtype)
+    mask = dropped_mask(t, p, backend, seed=11)
+    torch.manual_seed(11)
+    actual = outputs(lambda u: ours(u, p, backend), t, dy)
+    plain = outputs(lambda u: plain_linear(*u.values(), mask), t, dy)
+    exact_inputs = {name: v.detach().double().requires_grad_() for name, v in t.items()}
+    exact = outputs(lambda u: plain_linear(*u.values(), mask), exact_inputs, dy)
+    for name in actual:
+        assert actual[name].dtype == plain[name].dtype
+        assert_close(actual[name], plain[name], exact[name], f"{name} {backend} {mix} p={p}")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_gradcheck_in_float64(p: float) -> None:
+    t = make(torch.float64, torch.float64, M=(2, 3), K=9, N=7, R=2)
+
+    def run(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return ours(dict(zip(NAMES, tensors, strict=True)), p)
+
+    assert torch.autograd.gradcheck(run, tuple(t.values()))
+    y = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+
+    def update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return lora_update(y, x, a, b, 0.7, dropout_p=p, lora_bias=lora_bias)
+
+    assert torch.autograd.gradcheck(update, (y, t["x"], t["lora_A"], t["lora_B"], t["lora_bias"]))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("mix", ["fp32", "bf16", "bf16+fp32"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_update_is_the_layer_without_its_base(backend: str, mix: str, p: float) -> None:
+    t = make(*MIXES[mix])
+    mask = dropped_mask(t, p, backend, seed=5)
+    y = torch.randn(3, 29, 55).to(t["x"].dtype).requires_grad_()
+    dy = torch.randn_like(y)
+    adapter = [t[name] for name in ("lora_A", "lora_B", "lora_bias")]
+
+    def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor) -> Tensor:
+        inner = x.to(a.dtype) if mask is None else x.to(a.dtype) * mask.to(a.dtype)
+        linear = torch.nn.functional.linear
+        return (y + linear(linear(inner, a), b, lora_bias) * 0.7).to(y.dtype)
+
+    def run(layer: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        out = layer(*inputs)
+        return [out, *torch.autograd.grad(out, inputs, dy.to(out.dtype))]
+
+    def fused(y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return lora_update(y, x, a, b, 0.7, dropout_p=p, lora_bias=lora_bias, backend=backend)
+
+    inputs = [y, t["x"], *adapter]
+    exact = run(plain, [v.detach().double().requires_grad_() for v in inputs])
+    for name, *values in zip(("y", "dy", "dx", "da", "db", "dbias"), run(fused, inputs), run(plain, inputs), exact,
+                             strict=True):  # fmt: skip
+        assert_close(*values, f"{name} {backend} {mix} p={p}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_needs_input_grad_is_obeyed(backend: str) -> None:
+    """No dx in a first layer, no da when A is frozen, no db when B is: the backward op is asked for the rest only."""
+    asked: list[tuple[bool, ...]] = []
+
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+            if func is torch.ops.fastlora.lora_backward.default:
+                asked.append(tuple(args[-4:-1]))
+            return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+    for wanted in ({"x"}, {"lora_A"}, {"lora_B"}, {"lora_A", "lora_B"}, {"weight"}, {"lora_bias"}):
+        t = {name: v.detach().requires_grad_(name in wanted) for name, v in make(torch.float32, torch.float32).items()}
+        full = make(torch.float32, torch.float32)
+        full = {name: t[name].detach().requires_grad_() for name in full}
+        dy = torch.randn(3, 29, 55)
+        want = outputs(lambda u: ours(u, 0.0, backend), full, dy)
+        asked.clear()
+        with Watch():
+            ours(t, 0.0, backend).backward(dy)
+        expected = tuple(name in wanted for name in ("x", "lora_A", "lora_B"))
+        assert asked == ([expected] if any(expected) else [])
+        for name in NAMES:
+            assert (t[name].grad is not None) == (name in wanted)
+            if name in wanted:
+                assert_same(t[name].grad, want["d" + name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_stride_zero_and_transposed_inputs(backend: str) -> None:
+    t = make(torch.float32, torch.float32)
+    strided = {**t, "x": torch.randn(61, 29, 3).permute(2, 1, 0), "weight": t["weight"].detach().t().contiguous().t()}
+    strided = {name: v.detach().requires_grad_() for name, v in strided.items()}
+    dense = {name: v.detach().contiguous().requires_grad_() for name, v in strided.items()}
+    one = torch.ones(()).expand(3, 29, 55)  # what .sum() sends back
+    for name, actual in outputs(lambda u: ours(u, 0.0, backend), strided, one).items():
+        exact = {n: v.detach().double().requires_grad_() for n, v in dense.items()}
+        plain = outputs(lambda u: plain_linear(*u.values(), None), dense, one.contiguous())
+        assert_close(actual, plain[name], outputs(lambda u: plain_linear(*u.values(), None), exact, one)[name], name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 7)])
+def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
+    t = make(torch.float32, torch.float32, M=shape)
+    y = ours(t, 0.2, backend)
+    assert y.shape == (*shape, 55)
+    y.sum().backward()
+    for name in NAMES:
+        grad = t[name].grad
+        assert grad is not None and grad.shape == t[name].shape and not grad.any()
+
+
+def test_one_vector_without_leading_dimensions() -> None:
+    t = make(torch.float32, torch.float32, M=())
+    assert ours(t).shape == (55,)
+    assert_same(ours(t), ours({**t, "x": t["x"][None]})[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seed_makes_dropout_repeatable_and_eval_has_none(backend: str) -> None:
+    t = make(torch.float32, torch.float32)
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(outputs(lambda u: ours(u, 0.3, backend), t, torch.ones(3, 29, 55)))
+    for name in runs[0]:
+        assert_same(runs[0][name], runs[1][name])
+    assert not torch.equal(runs[0]["y"], runs[2]["y"])
+    state = torch.get_rng_state()
+    off = lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0, dropout_p=0.3, training=False)
+    assert_same(torch.get_rng_state(), state)
+    assert_same(off, lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpointed_recompute_is_bit_identical(backend: str, use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    t = make(torch.bfloat16, torch.float32)
+    dy = torch.randn(3, 29, 55).bfloat16()
+    torch.manual_seed(7)
+    want = outputs(lambda u: ours(u, 0.3, backend), t, dy)
+    torch.manual_seed(7)
+    y = checkpoint(lambda x: ours({**t, "x": x}, 0.3, backend), t["x"], use_reentrant=use_reentrant)
+    y.backward(dy)
+    assert_same(y, want["y"])
+    for name in NAMES:
+        assert_same(t[name].grad, want["d" + name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_second_derivative_raises_clearly(backend: str) -> None:
+    t = make(torch.float32, torch.float32)
+    (dx,) = torch.autograd.grad(ours(t, 0.0, backend).square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaling_in_a_tensor(backend: str) -> None:
+    """PEFT's compiled hotswap keeps scaling in a 0-d tensor: same values, no recompile, and it may even train."""
+    t = make(torch.float32, torch.float32)
+    held = torch.tensor(0.7, requires_grad=True)
+    dy = torch.randn(3, 29, 55)
+    want = outputs(lambda u: ours(u, 0.0, backend), t, dy)
+    got = outputs(lambda u: ours(u, 0.0, backend, held), t, dy)
+    exact_inputs = {name: v.detach().double().requires_grad_() for name, v in t.items()}
+    exact = outputs(lambda u: plain_linear(*u.values(), None), exact_inputs, dy)
+    for name in want:
+        assert_close(got[name], want[name], exact[name], name)
+    (slope,) = torch.autograd.grad(ours(t, 0.0, backend, held), held, dy)
+    update = (want["y"] - torch.nn.functional.linear(t["x"], t["weight"], t["bias"])).detach().double() / 0.7
+    assert float(slope) == pytest.approx(float((update * dy).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_casts_x_and_weight_and_keeps_fp32_adapters(backend: str) -> None:
+    t = make(torch.float32, torch.float32)
+    dy = torch.randn(3, 29, 55).bfloat16()
+    half = {n: (v.detach().bfloat16() if n in ("x", "weight", "bias") else v.detach()).requires_grad_() for n, v in t.items()}
+
+    def plain(u: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain_linear(*u.values(), None).to(torch.bfloat16)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(t, 0.0, backend)
+        grads = torch.autograd.grad(y, [t[name] for name in NAMES], dy)
+    assert y.dtype == torch.bfloat16
+    reference_plain = outputs(plain, t, dy)
+    exact_inputs = {name: v.detach().double().requires_grad_() for name, v in half.items()}
+    exact = outputs(lambda u: plain_linear(*u.values(), None), exact_inputs, dy)
+    assert_close(y, reference_plain["y"], exact["y"], "y")
+    for name, grad in zip(NAMES, grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert_close(grad, reference_plain["d" + name], exact["d" + name], "d" + name)
+
+
+def test_mask_is_independent_per_call_and_shared_by_no_one() -> None:
+    """Two layers (two adapters) on one x draw two masks."""
+    t = make(torch.float32, torch.float32)
+    torch.manual_seed(0)
+    assert int(functional.draw_seed(t["x"])) != int(functional.draw_seed(t["x"]))
