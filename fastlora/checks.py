@@ -36,7 +36,7 @@ def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
             raise ValueError(f"scaling: got a tensor of shape {tuple(scaling.shape)}, wanted a number or a 0-d tensor")
     elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
         raise TypeError(f"scaling: got {type(scaling).__name__}, wanted a number or a 0-d tensor")
-    elif not math.isfinite(scaling):
+    elif not abs(scaling) < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite
         raise ValueError(f"scaling: got {scaling}, wanted a finite number")
     if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a number in [0, 1)")

@@ -1,0 +1,313 @@
+"""patch, unpatch, register: a PEFT model's LoRA layers run fastlora's ops, in place, and nothing else about them changes.
+
+A patched layer is PEFT's own object under a subclass of its own class: parameters, state-dict keys, merging, adapters
+and configs stay PEFT's. Only `forward` is ours, and where it does not apply PEFT's runs. `why_not` is the one judge of
+that, for the report and for every forward alike, on the layer as it stands at that moment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners import lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from fastlora import dispatch, functional
+from fastlora.dispatch import Decision, env
+
+_PLAIN_BASES = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+_DROPOUTS = (nn.Identity, nn.Dropout)
+_OUR_KWARGS = {"adapter_names", "alora_offsets"}
+
+Config = TypeVar("Config", bound=lora.LoraConfig)
+
+
+class _Fused(lora.LoraLayer):
+    """The forward of every patched layer: one fused op on a plain base, or base_layer and then one op an adapter.
+
+    Mixed into a class of PEFT's, ahead of it in the method order, so that super().forward is PEFT's own.
+    """
+
+    _name = ""  # where it sits in the model, for messages
+    _strict = False
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, y = base(x) + Σ scaling·(drop(x)·lora_Aᵀ·lora_Bᵀ + lora_bias) over the active adapters.
+
+        x: [..., K].   Returns y: [..., N], rounded once, to the base output's dtype.
+        """
+        if env.disable or self._disable_adapters:
+            return super().forward(x, *args, **kwargs)
+        reason = _why_not_call(self, x, args, kwargs)
+        if reason is not None:
+            if not torch.compiler.is_compiling() or env.strict or self._strict:  # a log record would break the graph
+                dispatch.fell_back(self._name or type(self).__name__, reason, self._strict)
+            return super().forward(x, *args, **kwargs)
+        names, base = _active(self), self.base_layer
+        if len(names) == 1 and not _LIBRARY[type(self)]:
+            weight = base.weight.t() if type(base) is Conv1D else base.weight
+            a, b, scaling, options = self._adapter(names[0])
+            return functional.lora_linear(x, weight, base.bias, a, b, scaling, **options)
+        y = base(x)
+        dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
+        for name in names:
+            a, b, scaling, options = self._adapter(name)
+            y = functional.lora_update(y, x, a, b, scaling, dtype=dtype if name is names[-1] else wide, **options)
+        return y
+
+    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, dict[str, Any]]:
+        """(lora_A, lora_B, scaling, the remaining arguments) of one adapter, as the functional ops take them."""
+        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        options: dict[str, Any] = {"lora_bias": b.bias}
+        if type(dropout) is nn.Dropout:
+            options.update(dropout_p=dropout.p, training=dropout.training)
+        return a.weight, b.weight, self.scaling[name], options
+
+    def decide(self, x: Tensor) -> Decision:
+        """Which path forward would take for x, and why."""
+        path, why = path_of(self)
+        reason = _why_not_call(self, x, (), {}) if path in ("fused", "split") else why
+        if reason is not None:
+            return Decision("peft", None, None, reason)
+        names = _active(self)
+        N, R = self.lora_B[names[0]].weight.shape[0], max(self.lora_A[name].weight.shape[0] for name in names)
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        decision = dispatch.decide(x, N, R, dtype=dtype)
+        if path == "fused":
+            return decision
+        strategy = "split" if decision.strategy else None
+        return replace(decision, strategy=strategy, tile=None, why=f"split over {why}; {decision.why}")
+
+
+class FusedLinear(_Fused, lora.Linear):
+    """lora.Linear, fused: over torch.nn.Linear and transformers' Conv1D."""
+
+
+class FusedTorchaoLoraLinear(_Fused, TorchaoLoraLinear):
+    """TorchaoLoraLinear, split: torchao's kernel, then the low-rank term."""
+
+
+_LIBRARY: dict[type, str] = {}  # of the quantised base of each class that we take, PEFT's and ours; "" if plain
+_LIBRARY |= dict.fromkeys((lora.Linear, FusedLinear), "")
+_LIBRARY |= dict.fromkeys((TorchaoLoraLinear, FusedTorchaoLoraLinear), "torchao")
+
+if is_bnb_available():
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    class FusedLinear8bitLt(_Fused, Linear8bitLt):
+        """Linear8bitLt, split: bitsandbytes' kernel, then the low-rank term."""
+
+    _LIBRARY |= dict.fromkeys((Linear8bitLt, FusedLinear8bitLt), "bitsandbytes")
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class FusedLinear4bit(_Fused, Linear4bit):
+        """Linear4bit, split: bitsandbytes' kernel, then the low-rank term."""
+
+    _LIBRARY |= dict.fromkeys((Linear4bit, FusedLinear4bit), "bitsandbytes")
+
+_FUSED: dict[type, type] = {fused.__bases__[1]: fused for fused in _Fused.__subclasses__()}
+_PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
+
+
+def _active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    adapters = layer.lora_A._modules
+    return [name for name in layer.active_adapters if name in adapters]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward of its own (accelerate)."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def why_not(layer: Any) -> str | None:
+    """Why PEFT's own forward runs `layer`, a layer of PEFT's patched or not, as it stands now; None when ours would."""
+    library = _LIBRARY.get(type(layer))
+    if library is None:
+        return f"PEFT's {type(layer).__name__} is not a layer that fastlora takes"
+    if layer.merged_adapters:
+        return "merged: the base alone holds the update"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    base = layer.base_layer
+    if base.__dict__.get("_hf_tp_plan") is not None:
+        return "base_layer is tensor-parallel (_hf_tp_plan)"
+    if not library:  # the fused path reads the base layer's weight instead of calling it
+        if type(base) not in _PLAIN_BASES:
+            return f"base_layer is a {type(base).__name__}, not a plain Linear or Conv1D"
+        if _hooked(base):
+            return "base_layer has hooks, or a forward of its own"
+        if type(base.weight) not in _PLAIN_TENSORS:
+            return f"base_layer.weight is a {type(base.weight).__name__}, not a plain tensor"
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    for name in _active(layer):
+        reason = _why_not_adapter(layer, name)
+        if reason is not None:
+            return reason
+    return None
+
+
+def _why_not_adapter(layer: Any, name: str) -> str | None:
+    if name in layer.lora_variant:
+        return f"adapter {name!r} is a variant: {type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
+    for part, wanted in (("lora_A", _PLAIN_BASES[:1]), ("lora_B", _PLAIN_BASES[:1]), ("lora_dropout", _DROPOUTS)):
+        module = getattr(layer, part)._modules[name]
+        if type(module) not in wanted:
+            return f"{part} of adapter {name!r} is a {type(module).__name__}"
+        if _hooked(module):
+            return f"{part} of adapter {name!r} has hooks, or a forward of its own"
+        if part != "lora_dropout" and type(module.weight) not in _PLAIN_TENSORS:
+            return f"{part}.weight of adapter {name!r} is a {type(module.weight).__name__}, not a plain tensor"
+    return None
+
+
+def _why_not_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """`why_not` for one call, where adapters are enabled."""
+    if kwargs and kwargs.get("adapter_names") is not None:
+        return "a mixed batch (adapter_names)"
+    reason = why_not(layer)
+    if reason is not None:
+        return reason
+    if args or (kwargs and not kwargs.keys() <= _OUR_KWARGS):
+        return "further arguments for base_layer"
+    if type(x) not in _PLAIN_TENSORS:
+        return f"x is a {type(x).__name__}, not a plain tensor"
+    if not _LIBRARY[type(layer)] and x.dtype != layer.base_layer.weight.dtype:
+        if not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype} and base_layer.weight {layer.base_layer.weight.dtype}, with autocast off"
+    if not layer.cast_input_dtype_enabled and any(layer.lora_A[n].weight.dtype != x.dtype for n in _active(layer)):
+        return "input casting is disabled, and x and lora_A differ in dtype"
+    return None
+
+
+def path_of(layer: Any) -> tuple[str, str]:
+    """(path, why) of a patched layer as it stands now.
+
+    path: "fused"; "split", base_layer and then our op; "base", no adapter applies; or "peft", PEFT's own forward.
+    """
+    reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
+    if reason is not None and not layer.disable_adapters:
+        return "peft", reason
+    names, library = _active(layer), _LIBRARY[type(layer)]
+    if layer.disable_adapters or not names:
+        return "base", "adapters are disabled" if layer.disable_adapters else "no active adapter here"
+    if library:
+        weight = layer.get_base_layer().weight
+        return "split", f"{library} {getattr(weight, 'quant_type', type(weight).__name__)}"
+    if len(names) > 1:
+        return "split", f"{len(names)} active adapters"
+    return "fused", "one adapter on a plain base"
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did: patched[name] = path, skipped[name] = reason.   str() is a table, layers of one kind a row.
+
+    A skipped layer that is skipped for its state (merged, hooked) is fused again as soon as the state has cleared.
+    """
+
+    patched: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        entries = {**self.patched, **{name: f"PEFT's forward: {reason}" for name, reason in self.skipped.items()}}
+        rows = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), path) for name, path in entries.items())
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"{name:<{width}}  ×{count:<4} {path}" for (name, path), count in rows.items()]
+        return "\n".join([f"fastlora runs {len(self.patched)} of {len(entries)} LoRA layers", *lines])
+
+
+def _lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Every adapter layer of the model by name.   Raises TypeError, ValueError when there can be none or is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module with PEFT LoRA layers")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not any(isinstance(layer, lora.LoraLayer) for layer in layers.values()):
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer of PEFT's; call get_peft_model first")
+    return layers
+
+
+def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+    """Let every LoRA layer of a PEFT model that can run fastlora's ops, in place; do it again for layers added later.
+
+    strict: raise RuntimeError, before anything is changed, if any layer would be skipped, and on every later call that
+    would have to fall back to PEFT's forward.   Returns a report that prints as a table.
+    Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
+    """
+    layers, report = _lora_layers(model), PatchReport()
+    inside = [f"{name}." for name, layer in layers.items() if isinstance(layer, lora.MultiheadAttention)]
+    for name, layer in layers.items():
+        reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
+        if name.startswith(tuple(inside)):
+            reason = "MultiheadAttention never calls its forward"
+        if reason is not None:
+            report.skipped[name] = reason
+    if strict and report.skipped and not env.disable:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in report.skipped.items())
+        raise RuntimeError(f"patch: strict=True, and these layers would run PEFT's own forward:\n{listed}")
+    for name, layer in layers.items():
+        if type(layer) in _LIBRARY:
+            _swap(layer, name, strict)
+        if name not in report.skipped:
+            path, why = path_of(layer)
+            report.patched[name] = path if path == "fused" else f"{path} ({why})"
+    return report
+
+
+def _swap(layer: Any, name: str, strict: bool = False) -> None:
+    layer.__class__ = _FUSED.get(type(layer), type(layer))
+    layer._name, layer._strict = name, strict
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched layer PEFT's own class back.   Raises as `patch`."""
+    for layer in _lora_layers(model).values():
+        if type(layer) in _PEFT:
+            layer.__class__ = _PEFT[type(layer)]
+            del layer._name, layer._strict
+
+
+def register(lora_config: Config) -> Config:
+    """Let layers that PEFT makes from this config be patched from birth, whichever adapter is added, whenever.
+
+    Call it before get_peft_model or add_adapter; the registration is not saved with the adapter.
+    Returns lora_config itself.   Raises TypeError when it is not a LoraConfig.
+    """
+    if not isinstance(lora_config, lora.LoraConfig):
+        raise TypeError(f"lora_config: got {type(lora_config).__name__}, wanted a peft.LoraConfig")
+    lora_config._register_custom_module({nn.Linear: _create, Conv1D: _create})  # type: ignore[dict-item]
+    return lora_config
+
+
+def _create(target: nn.Module, adapter_name: str, config: lora.LoraConfig, **kwargs: Any) -> nn.Module:
+    """The layer that PEFT would make of target (quantised, sharded, …) without our registration, patched if we can."""
+    ours = config._custom_modules or {}
+    config._custom_modules = {base: make for base, make in ours.items() if make is not _create}
+    try:
+        layer = lora.LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    finally:
+        config._custom_modules = ours
+    if type(layer) in _FUSED:
+        _swap(layer, kwargs.get("target_name", ""))
+    return layer

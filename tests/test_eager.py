@@ -1,0 +1,64 @@
+"""The torch backend's own dropout stream: geometric gaps that make independent Bernoulli drops."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tolerance import assert_same
+
+from fastlora.eager import holes
+from fastlora.functional import lora_linear
+
+
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.3, 0.5, 0.9, 0.999])
+def test_rate_and_order(p: float) -> None:
+    M, K = 300, 401
+    positions = holes(torch.tensor(3), M, K, p)
+    assert positions.dtype == torch.int64 and bool((positions.diff() > 0).all())
+    assert len(positions) == 0 or (int(positions[0]) >= 0 and int(positions[-1]) < M * K)
+    sigma = math.sqrt(M * K * p * (1 - p))
+    assert abs(len(positions) - M * K * p) < 5 * sigma
+
+
+def test_same_seed_same_holes_and_any_seed_is_taken() -> None:
+    for seed in (0, -1, 2**63 - 1, -(2**63)):
+        assert_same(holes(torch.tensor(seed), 40, 50, 0.2), holes(torch.tensor(seed), 40, 50, 0.2))
+    first, second = (set(holes(torch.tensor(s), 200, 200, 0.5).tolist()) for s in (1, 2))
+    overlap = len(first & second) / 40000
+    assert abs(overlap - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 40000)
+
+
+def test_neighbours_are_independent() -> None:
+    """Gaps of a Bernoulli(p) sequence: consecutive elements, and rows, are uncorrelated; both edges are reached."""
+    M, K, p = 400, 500, 0.3
+    kept = torch.ones(M * K, dtype=torch.float64)
+    kept[holes(torch.tensor(11), M, K, p)] = 0
+    z = (kept - kept.mean()).view(M, K)
+    bound = 5 * p * (1 - p) / math.sqrt(M * K)
+    for left, right in ((z[:, :-1], z[:, 1:]), (z[:-1], z[1:]), (z[:, :-8], z[:, 8:])):
+        assert abs(float((left * right).mean())) < bound
+    edges = torch.stack([torch.bincount(holes(torch.tensor(s), 1, 4, 0.5), minlength=4) for s in range(4000)])
+    assert bool(((edges.double().mean(0) - 0.5).abs() < 5 * 0.5 / math.sqrt(4000)).all())
+
+
+def test_empty_and_tiny() -> None:
+    assert len(holes(torch.tensor(1), 0, 7, 0.5)) == 0
+    assert len(holes(torch.tensor(1), 1, 1, 1e-9)) == 0
+
+
+def test_dropped_inf_and_nan_are_selected_away() -> None:
+    """What is dropped is gone: inf and NaN in dropped places reach neither y's update nor any gradient."""
+    M, K, p = 50, 60, 0.4
+    torch.manual_seed(2)
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+    x = torch.randn(M, K)
+    x.view(-1)[holes(seed, M, K, p)] = torch.tensor(float("nan"))
+    x.requires_grad_()
+    a, b = torch.randn(3, K, requires_grad=True), torch.randn(20, 3, requires_grad=True)
+    torch.manual_seed(2)
+    y = lora_linear(x, torch.zeros(20, K), None, a, b, 1.0, dropout_p=p)
+    assert bool(y.isnan().all()), "the frozen branch sees x itself"
+    (da,) = torch.autograd.grad(y, a, torch.ones_like(y))
+    assert bool(da.isfinite().all())

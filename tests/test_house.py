@@ -1,0 +1,86 @@
+"""The house: imports run one way, `kernels/` is a source root and no package, and the wheel holds what it should."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LADDER = {  # each module, and what of ours it may import
+    "reference": set(),
+    "eager": {"reference"},
+    "ops": {"eager", "reference"},
+    "dispatch": {"ops"},
+    "checks": set(),
+    "functional": {"dispatch", "checks"},
+    "modules": {"functional", "dispatch", "checks"},
+    "warm": {"dispatch"},
+    "peft": {"functional", "dispatch", "modules"},
+    "__main__": {"dispatch", "functional", "ops", "reference"},
+    "__init__": {"functional", "reference", "dispatch", "modules", "warm", "peft"},
+}
+HEAVY = {"peft", "transformers", "bitsandbytes", "torchao"}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names a file imports, wherever in the file it does."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastlora").glob("*.py")), ids=lambda p: p.stem)
+def test_imports_run_one_way(path: Path) -> None:
+    assert path.stem in LADDER, f"{path.name} has no place in the ladder of this test"
+    names = imported(path)
+    siblings = {name.split(".")[1] for name in names if name.startswith("fastlora.")}
+    assert {s for s in siblings if (ROOT / "fastlora" / f"{s}.py").exists()} <= LADDER[path.stem]
+    roots = {name.split(".")[0] for name in names}
+    if path.stem != "ops":
+        assert "fastlora_kernels" not in roots, "ops.py is the only importer of the kernels"
+    if path.stem != "peft":
+        assert not roots & HEAVY, "peft.py is the only importer of peft and transformers"
+    assert "kernels" not in roots
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_know_only_torch_and_triton(path: Path) -> None:
+    ours = {name.split(".")[0] for name in imported(path)} - set(sys.stdlib_module_names)
+    assert ours <= {"torch", "triton", "fastlora_kernels"}
+
+
+def test_kernels_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "a package of that name breaks transformers"
+
+
+def test_importing_fastlora_stays_light() -> None:
+    code = "import sys, fastlora; print(*sorted({'peft', 'transformers'} & set(sys.modules)))"
+    path = f"{ROOT}:{ROOT / 'kernels'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": path, "PATH": ""}
+    )
+    assert done.stdout.strip() == ""
+
+
+def test_the_wheel_holds_two_packages_and_their_data(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "out", ".*_cache"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("fastlora_kernels-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top = {name.split("/")[0] for name in names if not name.split("/")[0].endswith(".dist-info")}
+    assert top == {"fastlora", "fastlora_kernels"}
+    tables = {p.name for p in (ROOT / "kernels/fastlora_kernels/tables").glob("*.json")}
+    assert {name.split("/")[-1] for name in names if "/tables/" in name} == tables
+    assert {"fastlora/py.typed", "fastlora_kernels/py.typed"} <= set(names)
