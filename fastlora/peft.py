@@ -1,4 +1,4 @@
-"""patch, unpatch, register: a PEFT model's LoRA layers run fastlora's ops, in place, and nothing else about them changes.
+"""patch, unpatch, register: the LoRA layers of a PEFT model run fastlora's ops, in place.
 
 A patched layer is PEFT's own object under a subclass of its own class: parameters, state-dict keys, merging, adapters
 and configs stay PEFT's. Only `forward` is ours, and where it does not apply PEFT's runs. `why_not` is the one judge of
@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -18,14 +18,13 @@ from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 
-_PLAIN_BASES = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+_PLAIN_BASES = (nn.Linear, Conv1D)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _OUR_KWARGS = {"adapter_names", "alora_offsets"}
@@ -48,27 +47,27 @@ class _Fused(lora.LoraLayer):
         x: [..., K].   Returns y: [..., N], rounded once, to the base output's dtype.
         """
         if env.disable or self._disable_adapters:
-            return super().forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         reason = _why_not_call(self, x, args, kwargs)
         if reason is not None:
             if not torch.compiler.is_compiling() or env.strict or self._strict:  # a log record would break the graph
                 dispatch.fell_back(self._name or type(self).__name__, reason, self._strict)
-            return super().forward(x, *args, **kwargs)
-        names, base = _active(self), self.base_layer
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        names, base = _active(self), cast(Any, self.base_layer)
         if len(names) == 1 and not _LIBRARY[type(self)]:
             weight = base.weight.t() if type(base) is Conv1D else base.weight
             a, b, scaling, options = self._adapter(names[0])
             return functional.lora_linear(x, weight, base.bias, a, b, scaling, **options)
         y = base(x)
         dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-        for name in names:
+        for done, name in enumerate(names, 1):
             a, b, scaling, options = self._adapter(name)
-            y = functional.lora_update(y, x, a, b, scaling, dtype=dtype if name is names[-1] else wide, **options)
+            y = functional.lora_update(y, x, a, b, scaling, dtype=wide if done < len(names) else dtype, **options)
         return y
 
     def _adapter(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, dict[str, Any]]:
         """(lora_A, lora_B, scaling, the remaining arguments) of one adapter, as the functional ops take them."""
-        a, b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        a, b, dropout = (cast(Any, part)._modules[name] for part in (self.lora_A, self.lora_B, self.lora_dropout))
         options: dict[str, Any] = {"lora_bias": b.bias}
         if type(dropout) is nn.Dropout:
             options.update(dropout_p=dropout.p, training=dropout.training)
@@ -80,8 +79,8 @@ class _Fused(lora.LoraLayer):
         reason = _why_not_call(self, x, (), {}) if path in ("fused", "split") else why
         if reason is not None:
             return Decision("peft", None, None, reason)
-        names = _active(self)
-        N, R = self.lora_B[names[0]].weight.shape[0], max(self.lora_A[name].weight.shape[0] for name in names)
+        factors = [self._adapter(name)[:2] for name in _active(self)]
+        N, R = factors[0][1].shape[0], max(a.shape[0] for a, _ in factors)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         decision = dispatch.decide(x, N, R, dtype=dtype)
@@ -193,9 +192,9 @@ def _why_not_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str
         return "further arguments for base_layer"
     if type(x) not in _PLAIN_TENSORS:
         return f"x is a {type(x).__name__}, not a plain tensor"
-    if not _LIBRARY[type(layer)] and x.dtype != layer.base_layer.weight.dtype:
-        if not torch.is_autocast_enabled(x.device.type):
-            return f"x is {x.dtype} and base_layer.weight {layer.base_layer.weight.dtype}, with autocast off"
+    weight = layer.base_layer.weight
+    if not _LIBRARY[type(layer)] and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype} and base_layer.weight {weight.dtype}, with autocast off"
     if not layer.cast_input_dtype_enabled and any(layer.lora_A[n].weight.dtype != x.dtype for n in _active(layer)):
         return "input casting is disabled, and x and lora_A differ in dtype"
     return None
@@ -206,12 +205,14 @@ def path_of(layer: Any) -> tuple[str, str]:
 
     path: "fused"; "split", base_layer and then our op; "base", no adapter applies; or "peft", PEFT's own forward.
     """
+    if layer.disable_adapters and not env.disable:
+        return "base", "adapters are disabled"
     reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
-    if reason is not None and not layer.disable_adapters:
+    if reason is not None:
         return "peft", reason
     names, library = _active(layer), _LIBRARY[type(layer)]
-    if layer.disable_adapters or not names:
-        return "base", "adapters are disabled" if layer.disable_adapters else "no active adapter here"
+    if not names:
+        return "base", "no active adapter here"
     if library:
         weight = layer.get_base_layer().weight
         return "split", f"{library} {getattr(weight, 'quant_type', type(weight).__name__)}"
@@ -256,11 +257,8 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
     """
     layers, report = _lora_layers(model), PatchReport()
-    inside = [f"{name}." for name, layer in layers.items() if isinstance(layer, lora.MultiheadAttention)]
     for name, layer in layers.items():
         reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
-        if name.startswith(tuple(inside)):
-            reason = "MultiheadAttention never calls its forward"
         if reason is not None:
             report.skipped[name] = reason
     if strict and report.skipped and not env.disable:
@@ -283,7 +281,7 @@ def _swap(layer: Any, name: str, strict: bool = False) -> None:
 def unpatch(model: nn.Module) -> None:
     """Give every patched layer PEFT's own class back.   Raises as `patch`."""
     for layer in _lora_layers(model).values():
-        if type(layer) in _PEFT:
+        if isinstance(layer, _Fused):
             layer.__class__ = _PEFT[type(layer)]
             del layer._name, layer._strict
 

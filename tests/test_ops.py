@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_same
+from tolerance import assert_close, assert_same
 from torch import Tensor, nn
 
 import fastlora
@@ -115,8 +116,10 @@ def test_inductor_compiles_a_training_step() -> None:
     model, x = Block(0.0), torch.randn(7, 8)
     torch._dynamo.reset()
     compiled = gradients(torch.compile(model, fullgraph=True), x)
-    for name, value in gradients(model, x).items():
-        assert_same(compiled[name], value)
+    plain, exact = gradients(model, x), gradients(copy.deepcopy(model).double(), x.double())
+    assert list(compiled) == list(plain)
+    # Inductor regroups the sums around our ops, so it is held to the policy as a whole, not to bits
+    assert_close(*(torch.cat([t.flatten() for t in run.values()]) for run in (compiled, plain, exact)), "training step")
 
 
 def test_new_row_counts_do_not_recompile() -> None:
