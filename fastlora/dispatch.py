@@ -41,8 +41,9 @@ env = Environment()
 class Decision:
     """One op's path: `backend` runs it by `strategy` with `tile`, because of `why`.
 
-    backend: "triton", "torch" or "peft" (PEFT's own forward).   strategy: "fused" (one GEMM with the low-rank prologue),
-    "split" (the vendor's GEMM, then one expand in place) or None.   tile: the launch configuration, None off Triton.
+    backend: "triton", "torch" or "peft" (PEFT's own forward).
+    strategy: "fused" (one GEMM with the low-rank prologue), "split" (the base's GEMM, then one expand in place).
+    tile: the launch configuration.   Both are None off Triton.
     """
 
     backend: str
@@ -69,7 +70,9 @@ def backend_of(x: Tensor, asked: str | None = None) -> str:
         raise ValueError(f"backend: got {asked!r}, wanted one of {BACKENDS} or None")
     reason = ops.triton_unavailable(x)
     if reason is not None:
-        raise RuntimeError(f"backend: 'triton' was asked for, and {reason}; on a CPU set TRITON_INTERPRET=1 before import")
+        raise RuntimeError(
+            f"backend: 'triton' was asked for, and {reason}; on a CPU set TRITON_INTERPRET=1 before import"
+        )
     return "triton"
 
 

@@ -28,7 +28,7 @@ def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Flat positions of the dropped elements of an [M, K] tensor, ascending, the same for the same seed.
 
     On a CPU the gaps between them are drawn (geometric, so each element is dropped with probability p, independently):
-    p·M·K numbers instead of M·K, from a stream of the CPU's own. Elsewhere the positions are `reference.dropout_mask`'s.
+    p·M·K numbers instead of M·K, from a stream of the CPU's own. Elsewhere they are `reference.dropout_mask`'s.
     """
     if seed.device.type != "cpu":
         return (~reference.dropout_mask(seed, M, K, p)).view(-1).nonzero().view(-1)
@@ -102,7 +102,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
-    gone = holes(seed, *x.shape, p) if seed is not None else None
+    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = _shrink(x, a, gone, p)
     return _add_low_rank_(y, *_with_bias(h, b, lora_bias), scale), h
 
@@ -119,7 +119,7 @@ def lora_update(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
-    gone = holes(seed, *x.shape, p) if seed is not None else None
+    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = _shrink(x, a, gone, p)
     out = y.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return _add_low_rank_(out, *_with_bias(h, b, lora_bias), scale), h

@@ -14,7 +14,6 @@ from fastlora import dispatch
 from fastlora.checks import check_linear, check_update
 
 
-
 def draw_seed(x: Tensor) -> Tensor:
     """A [] int64 dropout seed from torch's generator of x's device, drawn outside the ops: checkpointing, manual_seed,
     torch.compile and CUDA-graph replay then see an ordinary random number."""
@@ -44,9 +43,7 @@ def _low_rank_grads(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tenso
         return None, None, None
     x, w, a, b, h, seed = saved
     grads = iter(
-        torch.ops.fastlora.lora_backward(
-            dy, x, w, a, b, h, seed, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend
-        )
+        torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, seed, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend)
     )
     return tuple(next(grads) if need else None for need in (need_x, need_a, need_b))
 
@@ -131,9 +128,7 @@ def _standalone(name: str, setup: Any, backward: Any) -> None:
         ctx.mark_non_differentiable(output[1])
         setup(ctx, inputs, output)
 
-    torch.library.register_autograd(
-        name, lambda ctx, dy, _: backward(ctx, dy), setup_context=setup_context
-    )
+    torch.library.register_autograd(name, lambda ctx, dy, _: backward(ctx, dy), setup_context=setup_context)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> None:

@@ -72,8 +72,9 @@ class LoRALinear(nn.Module):
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         check_numbers(self.scaling, lora_dropout)
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = base.bias.requires_grad_(False) if base.bias is not None else None
+        base.requires_grad_(False)
+        self.weight = base.weight  # type: ignore[assignment]  # torch declares it a Tensor
+        self.bias = base.bias
         adapter: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         if self.weight.dtype in (torch.bfloat16, torch.float16):
             adapter["dtype"] = torch.float32
@@ -121,10 +122,8 @@ class LoRALinear(nn.Module):
         (weight, bias), like = self._frozen, self.weight
         self._frozen = None
         if weight.device != like.device or weight.dtype != like.dtype:  # the layer was moved while merged
-            weight, bias = (
-                t if t is None else nn.Parameter(t.detach().to(like), requires_grad=t.requires_grad)
-                for t in (weight, bias)
-            )
+            weight = nn.Parameter(weight.detach().to(like), weight.requires_grad)
+            bias = None if bias is None else nn.Parameter(bias.detach().to(like), bias.requires_grad)
         self.weight, self.bias = weight, bias
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

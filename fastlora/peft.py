@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
@@ -32,7 +32,7 @@ _OUR_KWARGS = {"adapter_names", "alora_offsets"}
 Config = TypeVar("Config", bound=lora.LoraConfig)
 
 
-class _Fused(lora.LoraLayer):
+class _Fused(nn.Module):
     """The forward of every patched layer: one fused op on a plain base, or base_layer and then one op an adapter.
 
     Mixed into a class of PEFT's, ahead of it in the method order, so that super().forward is PEFT's own.
@@ -47,40 +47,34 @@ class _Fused(lora.LoraLayer):
         x: [..., K].   Returns y: [..., N], rounded once, to the base output's dtype.
         """
         if env.disable or self._disable_adapters:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        reason = _why_not_call(self, x, args, kwargs)
-        if reason is not None:
+            return super().forward(x, *args, **kwargs)
+        plan = _plan_call(self, x, args, kwargs)
+        if isinstance(plan, str):
             if not torch.compiler.is_compiling() or env.strict or self._strict:  # a log record would break the graph
-                dispatch.fell_back(self._name or type(self).__name__, reason, self._strict)
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        names, base = _active(self), cast(Any, self.base_layer)
-        if len(names) == 1 and not _LIBRARY[type(self)]:
-            weight = base.weight.t() if type(base) is Conv1D else base.weight
-            a, b, scaling, options = self._adapter(names[0])
-            return functional.lora_linear(x, weight, base.bias, a, b, scaling, **options)
+                dispatch.fell_back(self._name or type(self).__name__, plan, self._strict)
+            return super().forward(x, *args, **kwargs)
+        base, weight, adapters = plan
+        if weight is not None and len(adapters) == 1:
+            a, b, scaling, lora_bias, p, training = adapters[0]
+            return functional.lora_linear(
+                x, weight, base.bias, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias
+            )
         y = base(x)
         dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-        for done, name in enumerate(names, 1):
-            a, b, scaling, options = self._adapter(name)
-            y = functional.lora_update(y, x, a, b, scaling, dtype=wide if done < len(names) else dtype, **options)
+        for done, (a, b, scaling, lora_bias, p, training) in enumerate(adapters, 1):
+            out = wide if done < len(adapters) else dtype
+            y = functional.lora_update(
+                y, x, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias, dtype=out
+            )
         return y
-
-    def _adapter(self, name: str) -> tuple[Tensor, Tensor, float | Tensor, dict[str, Any]]:
-        """(lora_A, lora_B, scaling, the remaining arguments) of one adapter, as the functional ops take them."""
-        a, b, dropout = (cast(Any, part)._modules[name] for part in (self.lora_A, self.lora_B, self.lora_dropout))
-        options: dict[str, Any] = {"lora_bias": b.bias}
-        if type(dropout) is nn.Dropout:
-            options.update(dropout_p=dropout.p, training=dropout.training)
-        return a.weight, b.weight, self.scaling[name], options
 
     def decide(self, x: Tensor) -> Decision:
         """Which path forward would take for x, and why."""
         path, why = path_of(self)
-        reason = _why_not_call(self, x, (), {}) if path in ("fused", "split") else why
-        if reason is not None:
-            return Decision("peft", None, None, reason)
-        factors = [self._adapter(name)[:2] for name in _active(self)]
-        N, R = factors[0][1].shape[0], max(a.shape[0] for a, _ in factors)
+        plan = _plan_call(self, x, (), {}) if path in ("fused", "split") else why
+        if isinstance(plan, str):
+            return Decision("peft", None, None, plan)
+        N, R = plan.adapters[0].b.shape[0], max(adapter.a.shape[0] for adapter in plan.adapters)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         decision = dispatch.decide(x, N, R, dtype=dtype)
@@ -122,10 +116,23 @@ _FUSED: dict[type, type] = {fused.__bases__[1]: fused for fused in _Fused.__subc
 _PEFT: dict[type, type] = {fused: original for original, fused in _FUSED.items()}
 
 
-def _active(layer: Any) -> list[str]:
-    """The active adapters that this layer has."""
-    adapters = layer.lora_A._modules
-    return [name for name in layer.active_adapters if name in adapters]
+class _Adapter(NamedTuple):
+    """One active adapter of one layer, as the functional ops take it."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float | Tensor
+    lora_bias: Tensor | None
+    p: float
+    training: bool
+
+
+class _Plan(NamedTuple):
+    """What a layer's forward will run; weight, [N, K], is None where base_layer must be called for its part."""
+
+    base: Any
+    weight: Tensor | None
+    adapters: list[_Adapter]
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -139,8 +146,8 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def why_not(layer: Any) -> str | None:
-    """Why PEFT's own forward runs `layer`, a layer of PEFT's patched or not, as it stands now; None when ours would."""
+def _plan(layer: Any) -> _Plan | str:
+    """What to run for `layer`, a layer of PEFT's patched or not, as it stands now; or why PEFT's forward must."""
     library = _LIBRARY.get(type(layer))
     if library is None:
         return f"PEFT's {type(layer).__name__} is not a layer that fastlora takes"
@@ -148,56 +155,73 @@ def why_not(layer: Any) -> str | None:
         return "merged: the base alone holds the update"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the instance"
-    base = layer.base_layer
+    if _has_any_global_hook():
+        return "global module hooks are registered"
+    parts = layer._modules
+    base, weight = parts["base_layer"], None
     if base.__dict__.get("_hf_tp_plan") is not None:
         return "base_layer is tensor-parallel (_hf_tp_plan)"
-    if not library:  # the fused path reads the base layer's weight instead of calling it
+    if not library:  # the fused path reads base_layer's weight instead of calling it
         if type(base) not in _PLAIN_BASES:
             return f"base_layer is a {type(base).__name__}, not a plain Linear or Conv1D"
         if _hooked(base):
             return "base_layer has hooks, or a forward of its own"
-        if type(base.weight) not in _PLAIN_TENSORS:
-            return f"base_layer.weight is a {type(base.weight).__name__}, not a plain tensor"
-    if _has_any_global_hook():
-        return "global module hooks are registered"
-    for name in _active(layer):
-        reason = _why_not_adapter(layer, name)
-        if reason is not None:
-            return reason
-    return None
+        weight = base.weight
+        if type(weight) not in _PLAIN_TENSORS:
+            return f"base_layer.weight is a {type(weight).__name__}, not a plain tensor"
+        if type(base) is Conv1D:
+            weight = weight.t()
+    adapters, lora_A = [], parts["lora_A"]._modules
+    for name in layer.active_adapters:
+        if name in lora_A:
+            adapter = _plan_adapter(layer, name, lora_A[name], parts["lora_B"]._modules[name])
+            if isinstance(adapter, str):
+                return adapter
+            adapters.append(adapter)
+    return _Plan(base, weight, adapters)
 
 
-def _why_not_adapter(layer: Any, name: str) -> str | None:
+def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> _Adapter | str:
     if name in layer.lora_variant:
-        return f"adapter {name!r} is a variant: {type(layer.lora_variant[name]).__name__.removesuffix('LinearVariant')}"
-    for part, wanted in (("lora_A", _PLAIN_BASES[:1]), ("lora_B", _PLAIN_BASES[:1]), ("lora_dropout", _DROPOUTS)):
-        module = getattr(layer, part)._modules[name]
-        if type(module) not in wanted:
-            return f"{part} of adapter {name!r} is a {type(module).__name__}"
-        if _hooked(module):
-            return f"{part} of adapter {name!r} has hooks, or a forward of its own"
-        if part != "lora_dropout" and type(module.weight) not in _PLAIN_TENSORS:
-            return f"{part}.weight of adapter {name!r} is a {type(module.weight).__name__}, not a plain tensor"
-    return None
+        return f"adapter {name!r} is a variant: {type(layer.lora_variant[name]).__name__}"
+    dropout = layer._modules["lora_dropout"]._modules[name]
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
+        kinds = ", ".join(type(module).__name__ for module in (lora_A, lora_B, dropout))
+        return f"adapter {name!r} is made of {kinds}, not of two Linear and Dropout or Identity"
+    if _hooked(lora_A) or _hooked(lora_B) or _hooked(dropout):
+        return f"adapter {name!r} has hooks in it, or a forward of its own"
+    a, b = lora_A.weight, lora_B.weight
+    if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
+        return f"the weights of adapter {name!r} are {type(a).__name__} and {type(b).__name__}, not plain tensors"
+    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    return _Adapter(a, b, layer.scaling[name], lora_B.bias, p, dropout.training)
 
 
-def _why_not_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """`why_not` for one call, where adapters are enabled."""
+def _plan_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan | str:
+    """`_plan` for one call of a layer whose adapters are enabled."""
     if kwargs and kwargs.get("adapter_names") is not None:
         return "a mixed batch (adapter_names)"
-    reason = why_not(layer)
-    if reason is not None:
-        return reason
+    plan = _plan(layer)
+    if isinstance(plan, str):
+        return plan
     if args or (kwargs and not kwargs.keys() <= _OUR_KWARGS):
         return "further arguments for base_layer"
     if type(x) not in _PLAIN_TENSORS:
         return f"x is a {type(x).__name__}, not a plain tensor"
-    weight = layer.base_layer.weight
-    if not _LIBRARY[type(layer)] and x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    weight = plan.weight
+    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return f"x is {x.dtype} and base_layer.weight {weight.dtype}, with autocast off"
-    if not layer.cast_input_dtype_enabled and any(layer.lora_A[n].weight.dtype != x.dtype for n in _active(layer)):
+    if not layer.cast_input_dtype_enabled and any(adapter.a.dtype != x.dtype for adapter in plan.adapters):
         return "input casting is disabled, and x and lora_A differ in dtype"
-    return None
+    return plan
+
+
+def why_not(layer: Any) -> str | None:
+    """Why PEFT's own forward runs `layer`, a layer of PEFT's patched or not, as it stands now; None when ours does."""
+    if env.disable:
+        return "FASTLORA_DISABLE=1"
+    plan = _plan(layer)
+    return plan if isinstance(plan, str) else None
 
 
 def path_of(layer: Any) -> tuple[str, str]:
@@ -205,19 +229,20 @@ def path_of(layer: Any) -> tuple[str, str]:
 
     path: "fused"; "split", base_layer and then our op; "base", no adapter applies; or "peft", PEFT's own forward.
     """
-    if layer.disable_adapters and not env.disable:
+    if env.disable:
+        return "peft", "FASTLORA_DISABLE=1"
+    if layer.disable_adapters:
         return "base", "adapters are disabled"
-    reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
-    if reason is not None:
-        return "peft", reason
-    names, library = _active(layer), _LIBRARY[type(layer)]
-    if not names:
+    plan = _plan(layer)
+    if isinstance(plan, str):
+        return "peft", plan
+    if not plan.adapters:
         return "base", "no active adapter here"
-    if library:
-        weight = layer.get_base_layer().weight
-        return "split", f"{library} {getattr(weight, 'quant_type', type(weight).__name__)}"
-    if len(names) > 1:
-        return "split", f"{len(names)} active adapters"
+    if plan.weight is None:
+        weight = plan.base.weight
+        return "split", f"{_LIBRARY[type(layer)]} {getattr(weight, 'quant_type', type(weight).__name__)}"
+    if len(plan.adapters) > 1:
+        return "split", f"{len(plan.adapters)} active adapters"
     return "fused", "one adapter on a plain base"
 
 
@@ -258,7 +283,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     """
     layers, report = _lora_layers(model), PatchReport()
     for name, layer in layers.items():
-        reason = "FASTLORA_DISABLE=1" if env.disable else why_not(layer)
+        reason = why_not(layer)
         if reason is not None:
             report.skipped[name] = reason
     if strict and report.skipped and not env.disable:

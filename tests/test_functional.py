@@ -150,11 +150,12 @@ def test_needs_input_grad_is_obeyed(backend: str) -> None:
     """No dx in a first layer, no da when A is frozen, no db when B is: the backward op is asked for the rest only."""
     asked: list[tuple[bool, ...]] = []
 
-
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        def __torch_dispatch__(
+            self, func: object, types: object, args: tuple = (), kwargs: dict | None = None
+        ) -> object:
             if func is torch.ops.fastlora.lora_backward.default:
                 asked.append(tuple(args[-4:-1]))
             return func(*args, **(kwargs or {}))  # type: ignore[operator]
@@ -269,7 +270,10 @@ def test_scaling_in_a_tensor(backend: str) -> None:
 def test_autocast_casts_x_and_weight_and_keeps_fp32_adapters(backend: str) -> None:
     t = make(torch.float32, torch.float32)
     dy = torch.randn(3, 29, 55).bfloat16()
-    half = {n: (v.detach().bfloat16() if n in ("x", "weight", "bias") else v.detach()).requires_grad_() for n, v in t.items()}
+    half = {
+        n: (v.detach().bfloat16() if n in ("x", "weight", "bias") else v.detach()).requires_grad_()
+        for n, v in t.items()
+    }
 
     def plain(u: dict[str, Tensor]) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,7 +1,7 @@
 """The one tolerance policy: no worse than plain torch, against float64.
 
-A result is accepted when its relative Frobenius error against float64 is at most 1.25× the error that plain torch (PEFT's
-formulation, same dtypes, same precision setting, autocast off unless autocast is tested) makes on the same inputs.
+A result is accepted when its relative Frobenius error against float64 is at most 1.25× the error that plain torch
+(PEFT's formulation, same dtypes and precision setting, autocast off unless it is tested) makes on the same inputs.
 There is no absolute tolerance. Where plain torch happens to be exact, one rounding of the result's dtype is allowed:
 an error of ε/2 relative to each element, hence to the whole.
 """
@@ -17,7 +17,7 @@ FACTOR = 1.25
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """‖actual − exact‖ / ‖exact‖ (Frobenius), in float64; ‖actual‖ itself where exact is zero.
 
-    Positions where exact is not finite must be the same in actual (NaN for NaN, inf for the same inf) and then drop out.
+    Positions where exact is not finite must be the same in actual (NaN for NaN, the same inf) and then drop out.
     """
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
     actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()

@@ -1,0 +1,134 @@
+"""Tiny Hugging Face models from config, PEFT's adapters on them, and what one training step of them computes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tolerance import assert_close
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import functional
+
+FAMILIES = ("llama", "qwen3", "t5", "gpt2")
+VOCABULARY = 64
+_DECODER = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3": ["q_proj", "v_proj", "o_proj", "down_proj"],
+    "t5": ["q", "v", "wi", "wo"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+
+
+def base_model(family: str = "llama") -> transformers.PreTrainedModel:
+    """A two-layer model of the family with fresh weights, in evaluation mode, its own dropout off."""
+    if family == "llama":
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
+    elif family == "qwen3":
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, head_dim=8))
+    elif family == "gpt2":
+        sizes = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(**sizes, eos_token_id=2, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        )
+    else:
+        sizes = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        model = transformers.T5ForConditionalGeneration(
+            transformers.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
+        )
+    return model.eval()
+
+
+def lora_config(family: str = "llama", **options: Any) -> LoraConfig:
+    """Rank 4 on every linear kind of the family, with a random B, so that the update is seen."""
+    options = {"r": 4, "lora_alpha": 6, "target_modules": _TARGETS[family], "init_lora_weights": False, **options}
+    task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
+    return LoraConfig(task_type=task, fan_in_fan_out=family == "gpt2", **options)
+
+
+def peft_model(family: str = "llama", **options: Any) -> PeftModel:
+    """`base_model` with one adapter, "default"."""
+    return get_peft_model(base_model(family), lora_config(family, **options))
+
+
+def batch(family: str = "llama", rows: int = 3, length: int = 7) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (rows, length))
+    labels = ids if family != "t5" else torch.randint(3, VOCABULARY, (rows, length - 2))
+    return {"input_ids": ids, "labels": labels}
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def step(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> dict[str, Tensor]:
+    """Logits, loss and every gradient of one forward and backward."""
+    model.zero_grad()
+    out = model(**inputs, **kwargs)
+    out.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits, "loss": out.loss, **grads}
+
+
+@dataclass
+class Calls:
+    """How often each functional op has run since `counted` began."""
+
+    linear: mock.Mock
+    update: mock.Mock
+
+    def __eq__(self, other: object) -> bool:
+        return (self.linear.call_count, self.update.call_count) == other
+
+    def __repr__(self) -> str:
+        return f"{self.linear.call_count} × lora_linear, {self.update.call_count} × lora_update"
+
+
+@contextmanager
+def counted() -> Iterator[Calls]:
+    """Count the calls of functional.lora_linear and lora_update, which still run."""
+    with (
+        mock.patch.object(functional, "lora_linear", wraps=functional.lora_linear) as linear,
+        mock.patch.object(functional, "lora_update", wraps=functional.lora_update) as update,
+    ):
+        yield Calls(linear, update)
+
+
+def assert_parity(model: nn.Module, inputs: dict[str, Tensor], run: Any = step) -> dict[str, Tensor]:
+    """A patched copy of `model` computes what PEFT computes, by the tolerance policy; returns the patched copy's.
+
+    run(model, inputs) -> {name: tensor}.   The exact result is PEFT's on a float64 copy of the model.
+    """
+    ours = copy.deepcopy(model)
+    fastlora.patch(ours)
+    exact = run(copy.deepcopy(model).double(), inputs)
+    plain, actual = run(model, inputs), run(ours, inputs)
+    assert actual.keys() == plain.keys() == exact.keys()
+    for name, value in actual.items():
+        assert value.dtype == plain[name].dtype, name
+        assert_close(value, plain[name], exact[name], name)
+    return actual
