@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +16,19 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from tolerance import assert_close
+from tolerance import assert_all_close
 from torch import Tensor, nn
 
 import fastlora
 from fastlora import functional
 
+Run = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 FAMILIES = ("llama", "qwen3", "t5", "gpt2")
 VOCABULARY = 64
 _DECODER = dict(
     vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
+    hidden_size=64,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
@@ -49,14 +50,14 @@ def base_model(family: str = "llama") -> transformers.PreTrainedModel:
     if family == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
     elif family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, head_dim=8))
+        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, head_dim=16))
     elif family == "gpt2":
-        sizes = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
+        sizes = dict(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
         model = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(**sizes, eos_token_id=2, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
         )
     else:
-        sizes = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        sizes = dict(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
         model = transformers.T5ForConditionalGeneration(
             transformers.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
         )
@@ -118,17 +119,22 @@ def counted() -> Iterator[Calls]:
         yield Calls(linear, update)
 
 
-def assert_parity(model: nn.Module, inputs: dict[str, Tensor], run: Any = step) -> dict[str, Tensor]:
-    """A patched copy of `model` computes what PEFT computes, by the tolerance policy; returns the patched copy's.
-
-    run(model, inputs) -> {name: tensor}.   The exact result is PEFT's on a float64 copy of the model.
-    """
+def copies(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(a patched copy, a float64 copy) of an unpatched PEFT model."""
     ours = copy.deepcopy(model)
     fastlora.patch(ours)
-    exact = run(copy.deepcopy(model).double(), inputs)
-    plain, actual = run(model, inputs), run(ours, inputs)
-    assert actual.keys() == plain.keys() == exact.keys()
-    for name, value in actual.items():
-        assert value.dtype == plain[name].dtype, name
-        assert_close(value, plain[name], exact[name], name)
-    return actual
+    return ours, copy.deepcopy(model).double()
+
+
+def assert_parity(build: Callable[[], nn.Module], run: Run, family: str = "llama", draws: int = 3) -> None:
+    """Patched copies of freshly drawn models compute what PEFT computes, by the tolerance policy for whole models.
+
+    build() -> an unpatched PEFT model.   run(model, inputs) -> {name: tensor}.   Exact is PEFT's, in float64.
+    """
+    results = []
+    for seed in range(draws):
+        torch.manual_seed(seed)
+        model, inputs = build(), batch(family)
+        ours, exact = copies(model)
+        results.append((run(ours, inputs), run(model, inputs), run(exact, inputs)))
+    assert_all_close(results)

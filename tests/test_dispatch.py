@@ -1,0 +1,152 @@
+"""Dispatch: a pure choice from checked-in tables, never an error, and always one that can be told."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastlora_kernels
+from fastlora import dispatch, ops
+from fastlora.functional import lora_linear
+from fastlora_kernels import Tile, device, strategy, table, tile
+
+TABLES = sorted(p.stem for p in (Path(fastlora_kernels.__file__).parent / "tables").glob("*.json"))
+KERNELS = ("shrink", "expand", "add", "dy", "x", "dx")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SIZES = (1, 7, 16, 17, 64, 512, 4096, 10**6)
+
+
+def test_the_tables_that_must_exist_do() -> None:
+    assert {"sm_80", "sm_90", "sm_100", "default", "interpreter"} <= set(TABLES)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_shape_finds_a_row_and_every_row_says_where_it_comes_from(name: str) -> None:
+    known = set(inspect.signature(Tile).parameters)
+    rows: dict[str, list[dict[str, Any]]] = table(name)["tiles"]
+    assert set(rows) == set(KERNELS)
+    for kernel in KERNELS:
+        for dtype in DTYPES:
+            for M in SIZES:
+                for R in (1, 16, 512):
+                    assert isinstance(tile(kernel, name, dtype, M, 4096, R), Tile)
+        for row in rows[kernel]:
+            assert row["source"] in ("predicted", "measured") and set(row["tile"]) <= known
+    for row in table(name)["strategy"]:
+        assert row["source"] in ("predicted", "measured") and row["why"]
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "interpreter"])
+def test_both_strategies_are_chosen_somewhere(name: str) -> None:
+    chosen = {strategy(name, torch.bfloat16, M, 4096, 4096, 16)[0] for M in SIZES}
+    assert chosen == {"fused", "split"}
+
+
+def test_an_unknown_gpu_gets_the_defaults() -> None:
+    assert table("sm_999")["name"] == "default"
+    assert tile("expand", "sm_999", torch.bfloat16, 100, 100) == tile("expand", "default", torch.bfloat16, 100, 100)
+    assert "default" in strategy("gfx000", torch.bfloat16, 8192, 4096, 4096, 16)[1]
+
+
+def test_a_launch_takes_the_table_of_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0) if index == 1 else (8, 0))
+    device._cuda_arch.cache_clear()
+    assert [device._cuda_arch(i) for i in (0, 1)] == ["sm_80", "sm_90"]
+    device._cuda_arch.cache_clear()
+
+
+def test_a_launch_goes_to_its_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With another GPU current the launch enters the tensor's; with the tensor's own current it enters nothing."""
+
+    class OnGPU:
+        def __init__(self, index: int) -> None:
+            self.device = torch.device("cuda", index)
+
+    entered: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d))
+    device.on_device(OnGPU(0))  # type: ignore[arg-type]
+    assert entered == []
+    device.on_device(OnGPU(1))  # type: ignore[arg-type]
+    assert entered == [torch.device("cuda", 1)]
+
+
+def layer(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    return torch.randn(20, 24).to(dtype), torch.randn(40, 24).to(dtype), torch.randn(4, 24), torch.randn(40, 4)
+
+
+@pytest.mark.parametrize("asked", [None, "torch", "triton"])
+def test_environment_and_argument(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, a, b = layer()
+    seen: list[str] = []
+    real = torch.ops.fastlora.lora_linear
+
+    def spy(*args: Any) -> Any:
+        seen.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(torch.ops.fastlora, "lora_linear", spy)
+    for outside in (None, "torch", "triton"):
+        monkeypatch.setattr(dispatch.env, "backend", outside)
+        lora_linear(x, w, None, a, b, 1.0, backend=asked)
+        assert seen.pop() == (asked or outside or "torch"), "the argument wins, then the environment, then the device"
+    monkeypatch.setattr(dispatch.env, "disable", True)
+    lora_linear(x, w, None, a, b, 1.0)
+    assert seen.pop() == "torch", "FASTLORA_DISABLE turns the kernels off"
+
+
+def test_a_mistyped_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FASTLORA_BACKEND: got 'cuda', wanted one of"):
+        dispatch.Environment()
+
+
+def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(20, 24)
+    assert "backend='triton' is asked for" in dispatch.decide(x, 40, 4).why
+    assert dispatch.decide(x, 40, 4, "torch").why == "backend='torch' was asked for"
+    monkeypatch.setattr(ops, "kernels", None)
+    assert dispatch.decide(x, 40, 4).why == "triton is not installed"
+    monkeypatch.undo()
+    decision = dispatch.decide(x, 40, 4, "triton")
+    assert decision.backend == "triton" and decision.strategy in ("fused", "split") and decision.tile
+    assert "table interpreter" in str(decision)
+    assert json.loads(json.dumps(decision.tile)) == decision.tile
+
+
+def test_fallbacks_are_said_once_per_reason_and_raise_under_strict(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    for where in ("layer 1", "layer 2"):
+        dispatch.fell_back(where, "merged")
+    dispatch.fell_back("layer 3", "hooked")
+    assert [r.getMessage().split(" falls")[0] for r in caplog.records] == ["layer 1", "layer 3"]
+    with pytest.raises(RuntimeError, match=r"layer 1: strict mode forbids a fallback.*merged"):
+        dispatch.fell_back("layer 1", "merged", strict=True)
+    monkeypatch.setattr(dispatch.env, "strict", True)
+    with pytest.raises(RuntimeError, match="strict mode"):
+        dispatch.fell_back("layer 1", "merged")
+
+
+def test_forced_strategies_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same layer fused and split, and by the table; each really runs its own kernels."""
+    from fastlora_kernels import linear
+
+    ran: list[str] = []
+    for name in ("expand", "add_expand"):
+        real = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *args, _n=name, _f=real, **kw: (ran.append(_n), _f(*args, **kw))[1])
+    x, w, a, b = layer()
+    results = {way: torch.ops.fastlora.lora_linear(x, w, None, a, b, None, None, 0.5, 0.0, way)[0]
+               for way in ("fused", "split", "triton")}  # fmt: skip
+    assert ran[:2] == ["expand", "add_expand"]
+    chosen = strategy("interpreter", x.dtype, 20, 40, 24, 4)[0]
+    assert torch.equal(results["triton"], results[chosen])

@@ -1,0 +1,86 @@
+"""A tiny Llama trains one step through patch on the Triton kernels, the launches counted by kernel."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tolerance import assert_close
+
+import fastlora
+from fastlora import dispatch
+
+JIT = {"shrink": "shrink", "expand": "expand", "dy_pass": "dy", "x_pass": "x", "reduce": "reduce"}
+"""Each kernel's module, and the kernel's name between underscores there."""
+
+
+class Counting:
+    """A jitted kernel that counts its launches."""
+
+    def __init__(self, name: str, kernel: object, counts: Counter[str]) -> None:
+        self.name, self.kernel, self.counts = name, kernel, counts
+
+    def __getitem__(self, grid: object) -> object:
+        self.counts[self.name] += 1
+        return self.kernel[grid]  # type: ignore[index]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for home, name in JIT.items():
+        module = importlib.import_module(f"fastlora_kernels.{home}")
+        kernel = getattr(module, f"_{name}_kernel")
+        monkeypatch.setattr(module, f"_{name}_kernel", Counting(name, kernel, counts))
+    return counts
+
+
+def gradients(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads
+
+
+def test_one_step_on_the_kernels(launches: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    model = get_peft_model(
+        transformers.LlamaForCausalLM(config), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(0, 64, (2, 17))
+    plain_loss, plain = gradients(model, tokens)
+    exact_loss, exact = gradients(model.double(), tokens)
+    model.float()
+
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    report = fastlora.patch(model, strict=True)
+    layers = len(report.patched)
+    assert layers == 14 and set(report.patched.values()) == {"fused"}
+    loss, grads = gradients(model, tokens)
+
+    # 34 rows: one shrink and one expand forward, one dy pass, one x pass and one dx backward. The embedding is frozen,
+    # so the first layer's q, k and v need no dx.
+    assert launches["shrink"] == layers
+    assert launches["dy"] == layers and launches["x"] == layers
+    assert launches["expand"] == layers + (layers - 3)
+    assert_close(loss, plain_loss, exact_loss, "loss")
+    assert set(grads) == set(plain)
+    joined = [torch.cat([g[name].flatten() for name in plain]) for g in (grads, plain, exact)]
+    assert_close(*joined, "all gradients")
+
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    after, _ = gradients(model, tokens)
+    assert after < loss
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
