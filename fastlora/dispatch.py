@@ -39,20 +39,20 @@ env = Environment()
 
 @dataclass(frozen=True)
 class Decision:
-    """One op's path: `backend` runs it by `strategy` with `tile`, because of `why`.
+    """One op's path: `path` runs it by `strategy` with `tile`, because of `why`.
 
-    backend: "triton", "torch" or "peft" (PEFT's own forward).
+    path: "triton", "torch" or "peft" (PEFT's own forward).
     strategy: "fused" (one GEMM with the low-rank prologue), "split" (the base's GEMM, then one expand in place).
     tile: the launch configuration.   Both are None off Triton.
     """
 
-    backend: str
+    path: str
     strategy: str | None
     tile: dict[str, int] | None
     why: str
 
     def __str__(self) -> str:
-        parts = [self.backend, self.strategy or "", str(self.tile) if self.tile else "", f"({self.why})"]
+        parts = [self.path, self.strategy or "", str(self.tile) if self.tile else "", f"({self.why})"]
         return " ".join(part for part in parts if part)
 
 

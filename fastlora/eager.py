@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from fastlora import reference
 from fastlora.reference import dropout_scale
 
-_SPLIT_FROM = 64
-"""Rows from which a bf16 base takes a split fp32 product; below, fp32 with one rounding is as fast and simpler."""
+FEW_ROWS = 64
+"""Below, calls cost more than arithmetic: fp32 products rounded once instead of split ones, autograd's own nodes."""
 
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -76,7 +76,7 @@ def _add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
         return y.addmm_(f, g.to(y.dtype).t(), alpha=scale)
     if y.dtype == g.dtype:
         return y.addmm_((f * scale).to(y.dtype), g.t())
-    if y.dtype == torch.bfloat16 and y.shape[0] >= _SPLIT_FROM:
+    if y.dtype == torch.bfloat16 and y.shape[0] >= FEW_ROWS:
         left, right = _split(f * scale, g.to(f.dtype))
         return y.addmm_(left, right.t())
     return y.copy_(torch.addmm(y.to(f.dtype), f, g.to(f.dtype).t(), alpha=scale))

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import functional
 
+torch.set_num_threads(1)  # for models this small, threads only wait for each other
+
 Run = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 FAMILIES = ("llama", "qwen3", "t5", "gpt2")
 VOCABULARY = 64
@@ -46,7 +48,7 @@ _TARGETS = {
 
 
 def base_model(family: str = "llama") -> transformers.PreTrainedModel:
-    """A two-layer model of the family with fresh weights, in evaluation mode, its own dropout off."""
+    """A two-layer model of the family with fresh weights, in evaluation mode, its own dropout off and no cache."""
     if family == "llama":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
     elif family == "qwen3":
@@ -61,6 +63,8 @@ def base_model(family: str = "llama") -> transformers.PreTrainedModel:
         model = transformers.T5ForConditionalGeneration(
             transformers.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
         )
+    model.config.use_cache = False
+    model.config.loss_type = "ForCausalLM"  # GPT-2 has none, and logs so, which no whole graph survives
     return model.eval()
 
 

@@ -116,7 +116,7 @@ def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.decide(x, 40, 4).why == "triton is not installed"
     monkeypatch.undo()
     decision = dispatch.decide(x, 40, 4, "triton")
-    assert decision.backend == "triton" and decision.strategy in ("fused", "split") and decision.tile
+    assert decision.path == "triton" and decision.strategy in ("fused", "split") and decision.tile
     assert "table interpreter" in str(decision)
     assert json.loads(json.dumps(decision.tile)) == decision.tile
 

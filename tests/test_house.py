@@ -18,7 +18,7 @@ LADDER = {  # each module, and what of ours it may import
     "ops": {"eager", "reference"},
     "dispatch": {"ops"},
     "checks": set(),
-    "functional": {"dispatch", "checks"},
+    "functional": {"dispatch", "checks", "ops"},
     "modules": {"functional", "dispatch", "checks"},
     "warm": {"dispatch"},
     "peft": {"functional", "dispatch", "modules"},

@@ -181,7 +181,7 @@ def test_from_linear_wants_a_linear() -> None:
 def test_explain_says_which_path_and_why() -> None:
     layer, x = trained(), torch.randn(3, 24)
     decision = fastlora.explain(layer, x)
-    assert decision.backend == "torch" and decision.why
+    assert decision.path == "torch" and decision.why
     layer.merge()
     assert "merged" in fastlora.explain(layer, x).why
     with pytest.raises(TypeError, match=r"layer: got Linear, wanted a fastlora.LoRALinear"):

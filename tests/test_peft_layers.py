@@ -8,14 +8,14 @@ import pytest
 import torch
 from models import Calls, copies, counted
 from peft import LoraConfig, PeftModel, get_peft_model
-from tolerance import assert_close, relative_error
+from tolerance import assert_all_close, assert_close, relative_error
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.peft import FusedLinear, path_of
 
-K, N, R = 64, 96, 8
+M, K, N, R = 260, 64, 96, 8
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
@@ -78,11 +78,11 @@ def test_bases_and_dtypes(base: str, dtype: torch.dtype) -> None:
     """A 16-bit base has fp32 adapters: PEFT's default."""
     model = wrap(BASES[base]().to(dtype))
     assert model.base_model.model.proj.lora_A["default"].weight.dtype == FP32
-    assert_layer(model, noise(4, 33, K, dtype=dtype))
+    assert_layer(model, noise(4, M // 4, K, dtype=dtype))
 
 
 def test_adapters_in_the_base_dtype() -> None:
-    assert_layer(wrap(nn.Linear(K, N).to(BF16), autocast_adapter_dtype=False), noise(130, K, dtype=BF16))
+    assert_layer(wrap(nn.Linear(K, N).to(BF16), autocast_adapter_dtype=False), noise(M, K, dtype=BF16))
 
 
 def test_float64() -> None:
@@ -97,7 +97,7 @@ def test_float64() -> None:
 @pytest.mark.parametrize("base_dtype", [FP32, BF16], ids=str)
 def test_autocast(base_dtype: torch.dtype) -> None:
     """Under autocast x, weight and PEFT's result are bf16, whatever came in."""
-    assert_layer(wrap(nn.Linear(K, N).to(base_dtype)), noise(130, K), autocast=True)
+    assert_layer(wrap(nn.Linear(K, N).to(base_dtype)), noise(M, K), autocast=True)
 
 
 @pytest.mark.parametrize(
@@ -115,23 +115,29 @@ def test_autocast(base_dtype: torch.dtype) -> None:
 )
 def test_lora_options(options: dict[str, Any]) -> None:
     """What only changes weights or scaling is fused as it is."""
-    assert_layer(wrap(nn.Linear(K, N), **options), noise(130, K))
+    assert_layer(wrap(nn.Linear(K, N), **options), noise(M, K))
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (2, 3, 5, K), (0, K)], ids=str)
 def test_shapes_of_x(shape: tuple[int, ...]) -> None:
-    assert_layer(wrap(nn.Linear(K, N)), noise(*shape))
+    """The errors of a few rows are few numbers, so several draws are judged together."""
+    results = []
+    for _ in range(12):
+        model, x, dy = wrap(nn.Linear(K, N)), noise(*shape), noise(*shape[:-1], N)
+        ours, exact = copies(model)
+        results.append((outcome(ours, x, dy), outcome(model, x, dy), outcome(exact, x.double(), dy)))
+    assert_all_close(results)
 
 
 def test_strided_x() -> None:
-    assert_layer(wrap(nn.Linear(K, N)), noise(K, 130).t())
-    assert_layer(wrap(nn.Linear(K, N)), noise(1, K).expand(130, K))
+    assert_layer(wrap(nn.Linear(K, N)), noise(K, M).t())
+    assert_layer(wrap(nn.Linear(K, N)), noise(1, K).expand(M, K))
 
 
 def several(base: nn.Module, **second: Any) -> PeftModel:
-    """Two active adapters, of ranks R and 3."""
+    """Two active adapters, of ranks R and 6."""
     model = wrap(base)
-    options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False, **second}
+    options = {"r": 6, "lora_alpha": 5, "init_lora_weights": False, **second}
     model.add_adapter("other", LoraConfig(target_modules=["proj"], fan_in_fan_out=isinstance(base, Conv1D), **options))
     model.base_model.set_adapter(["default", "other"])
     return model
@@ -141,33 +147,33 @@ def several(base: nn.Module, **second: Any) -> PeftModel:
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_several_active_adapters(base: str, dtype: torch.dtype) -> None:
     """They sum onto base_layer's output, in fp32, and are rounded once, at the end."""
-    assert_layer(several(BASES[base]().to(dtype)), noise(130, K, dtype=dtype), calls=(0, 2))
+    assert_layer(several(BASES[base]().to(dtype)), noise(M, K, dtype=dtype), calls=(0, 2))
 
 
 def test_adapters_of_different_dtypes() -> None:
     model = several(nn.Linear(K, N))
     model.base_model.model.proj.lora_A["other"].to(BF16)
     model.base_model.model.proj.lora_B["other"].to(BF16)
-    assert_layer(model, noise(130, K), calls=(0, 2))
+    assert_layer(model, noise(M, K), calls=(0, 2))
 
 
 def test_a_trained_base_gets_its_gradient() -> None:
     model = wrap(nn.Linear(K, N))
     model.base_model.model.proj.base_layer.requires_grad_(True)
-    assert_layer(model, noise(130, K))
+    assert_layer(model, noise(M, K))
 
 
 def test_a_frozen_lora_A() -> None:
     model = wrap(nn.Linear(K, N))
     model.base_model.model.proj.lora_A.requires_grad_(False)
-    assert_layer(model, noise(130, K))
+    assert_layer(model, noise(M, K))
 
 
 def test_a_frozen_adapter_beside_a_trained_one() -> None:
     model = several(nn.Linear(K, N))
     for part in ("lora_A", "lora_B"):
         getattr(model.base_model.model.proj, part)["default"].requires_grad_(False)
-    assert_layer(model, noise(130, K), calls=(0, 2))
+    assert_layer(model, noise(M, K), calls=(0, 2))
 
 
 def test_scaling_in_a_tensor() -> None:
@@ -175,7 +181,7 @@ def test_scaling_in_a_tensor() -> None:
     model = wrap(nn.Linear(K, N))
     layer = model.base_model.model.proj
     layer.scaling["default"] = torch.tensor(layer.scaling["default"])
-    assert_layer(model, noise(130, K))
+    assert_layer(model, noise(M, K))
 
 
 def test_set_and_reset_the_scale() -> None:
@@ -188,16 +194,17 @@ def test_set_and_reset_the_scale() -> None:
         lambda: layer.unscale_layer(),
     ):
         change()
-        assert_layer(model, noise(130, K))
+        assert_layer(model, noise(M, K))
 
 
 def test_the_scale_of_a_patched_layer() -> None:
     model = wrap(nn.Linear(K, N))
     fastlora.patch(model)
     layer, x = model.base_model.model.proj, noise(5, K)
-    before = layer(x) - layer.base_layer(x)
-    layer.scale_layer(2.0)
-    after = layer(x) - layer.base_layer(x)
+    with torch.no_grad():
+        before = layer(x) - layer.base_layer(x)
+        layer.scale_layer(2.0)
+        after = layer(x) - layer.base_layer(x)
     assert float((after / before).median()) == pytest.approx(2, rel=1e-3)
 
 
@@ -233,7 +240,7 @@ def test_explain_names_the_path() -> None:
     assert fastlora.explain(layer, x.double()).backend == "peft"
     model.merge_adapter()
     decision = fastlora.explain(layer, x)
-    assert decision.backend == "peft" and decision.why.startswith("merged")
+    assert decision.path == "peft" and decision.why.startswith("merged")
 
 
 def dropout_result(model: PeftModel, x: Tensor, seed: int) -> Tensor:
@@ -247,9 +254,10 @@ def test_dropout_drops_the_update_alone(adapters: int) -> None:
     model = several(nn.Linear(K, N), lora_dropout=0.5) if adapters == 2 else wrap(nn.Linear(K, N), lora_dropout=0.5)
     fastlora.patch(model)
     x = noise(3, K)
-    still = model.eval()(x)
-    model.train()
-    draws = torch.stack([dropout_result(model, x, seed) for seed in range(400)])
+    with torch.no_grad():
+        still = model.eval()(x)
+        model.train()
+        draws = torch.stack([dropout_result(model, x, seed) for seed in range(400)])
     assert torch.equal(draws[7], dropout_result(model, x, 7)) and not torch.equal(draws[7], draws[8])
     error = (draws.mean(0) - still) / (draws.std(0) / 20)
     assert float(error.abs().max()) < 5.5, "the mean over masks is off by more standard errors than chance allows"
