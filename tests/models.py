@@ -31,13 +31,13 @@ _DECODER = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
     intermediate_size=128,
-    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
+    use_cache=False,
 )
 _TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -47,24 +47,29 @@ _TARGETS = {
 }
 
 
-def base_model(family: str = "llama") -> transformers.PreTrainedModel:
-    """A two-layer model of the family with fresh weights, in evaluation mode, its own dropout off and no cache."""
+def base_model(family: str = "llama", layers: int = 2) -> transformers.PreTrainedModel:
+    """A small model of the family with fresh weights, in evaluation mode, its own dropout off and no cache."""
     if family == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, num_hidden_layers=layers))
     elif family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_DECODER, head_dim=16))
+        model = transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(**_DECODER, num_hidden_layers=layers, head_dim=16)
+        )
     elif family == "gpt2":
-        sizes = dict(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1)
+        sizes = dict(vocab_size=VOCABULARY, n_embd=64, n_layer=layers, n_head=4, n_positions=64, use_cache=False)
         model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(**sizes, eos_token_id=2, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+            transformers.GPT2Config(
+                **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+            )
         )
     else:
-        sizes = dict(vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+        sizes = dict(
+            vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=layers, num_heads=4, use_cache=False
+        )
         model = transformers.T5ForConditionalGeneration(
             transformers.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
         )
-    model.config.use_cache = False
-    model.config.loss_type = "ForCausalLM"  # GPT-2 has none, and logs so, which no whole graph survives
+    model.loss_type = "ForCausalLM"  # GPT-2 has none, and logs so, which no whole graph survives
     return model.eval()
 
 
@@ -75,9 +80,9 @@ def lora_config(family: str = "llama", **options: Any) -> LoraConfig:
     return LoraConfig(task_type=task, fan_in_fan_out=family == "gpt2", **options)
 
 
-def peft_model(family: str = "llama", **options: Any) -> PeftModel:
+def peft_model(family: str = "llama", layers: int = 2, **options: Any) -> PeftModel:
     """`base_model` with one adapter, "default"."""
-    return get_peft_model(base_model(family), lora_config(family, **options))
+    return get_peft_model(base_model(family, layers), lora_config(family, **options))
 
 
 def batch(family: str = "llama", rows: int = 3, length: int = 7) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +22,13 @@ MIXES = {
     "fp32+bf16": (torch.float32, torch.bfloat16),
 }
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "lora_bias")
+
+
+@pytest.fixture(autouse=True)
+def _on_device(device: str) -> Iterator[None]:
+    """Every tensor these tests make lies on `device`: interpreted on a CPU, compiled on a GPU."""
+    with torch.device(device):
+        yield
 
 
 def plain_linear(
@@ -209,7 +216,7 @@ def test_one_vector_without_leading_dimensions() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_seed_makes_dropout_repeatable_and_eval_has_none(backend: str) -> None:
+def test_seed_makes_dropout_repeatable_and_eval_has_none(backend: str, device: str) -> None:
     t = make(torch.float32, torch.float32)
     runs = []
     for seed in (1, 1, 2):
@@ -218,9 +225,10 @@ def test_seed_makes_dropout_repeatable_and_eval_has_none(backend: str) -> None:
     for name in runs[0]:
         assert_same(runs[0][name], runs[1][name])
     assert not torch.equal(runs[0]["y"], runs[2]["y"])
-    state = torch.get_rng_state()
+    generator = torch.get_rng_state if device == "cpu" else torch.cuda.get_rng_state
+    state = generator()
     off = lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0, dropout_p=0.3, training=False)
-    assert_same(torch.get_rng_state(), state)
+    assert_same(generator(), state)
     assert_same(off, lora_linear(t["x"], t["weight"], None, t["lora_A"], t["lora_B"], 1.0))
 
 
@@ -267,7 +275,7 @@ def test_scaling_in_a_tensor(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_casts_x_and_weight_and_keeps_fp32_adapters(backend: str) -> None:
+def test_autocast_casts_x_and_weight_and_keeps_fp32_adapters(backend: str, device: str) -> None:
     t = make(torch.float32, torch.float32)
     dy = torch.randn(3, 29, 55).bfloat16()
     half = {
@@ -276,10 +284,10 @@ def test_autocast_casts_x_and_weight_and_keeps_fp32_adapters(backend: str) -> No
     }
 
     def plain(u: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             return plain_linear(*u.values(), None).to(torch.bfloat16)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = ours(t, 0.0, backend)
         grads = torch.autograd.grad(y, [t[name] for name in NAMES], dy)
     assert y.dtype == torch.bfloat16

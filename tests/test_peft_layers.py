@@ -243,6 +243,20 @@ def test_explain_names_the_path() -> None:
     assert decision.path == "peft" and decision.why.startswith("merged")
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_inductor(adapters: int) -> None:
+    """torch.compile with its default backend, forward and backward, is as near to float64 as PEFT is."""
+    torch.compiler.reset()
+    model = several(nn.Linear(K, N)) if adapters == 2 else wrap(nn.Linear(K, N))
+    x, dy = noise(M, K), noise(M, N)
+    ours, exact = copies(model)
+    plain, truth = outcome(model, x, dy), outcome(exact, x.double(), dy)
+    actual = outcome(torch.compile(ours, fullgraph=True), x, dy)
+    for name, value in actual.items():
+        name = name.removeprefix("_orig_mod.")
+        assert_close(value, plain[name], truth[name], name)
+
+
 def dropout_result(model: PeftModel, x: Tensor, seed: int) -> Tensor:
     torch.manual_seed(seed)
     return model(x)
