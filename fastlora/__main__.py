@@ -29,12 +29,15 @@ def _devices() -> list[str]:
     return [cpu, *(f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
 
 
-def _paths(device: str) -> dict[str, str]:
-    """How a bf16 layer of each typical shape would run; the shapes are only described, nothing is allocated."""
+def _paths(device: str) -> dict[str, dict[str, str]]:
+    """How each op would take a bf16 layer of each typical shape; the shapes are only described, nothing is allocated."""
     paths = {}
     for name, (M, K, N, R) in _SHAPES.items():
-        x = torch.empty(1, device=device, dtype=torch.bfloat16).expand(M, K)
-        paths[f"{name}: M {M}, K {K}, N {N}, R {R}, bf16"] = str(dispatch.decide(x, N, R))
+        x, dy = (torch.empty(1, device=device, dtype=torch.bfloat16).expand(M, size) for size in (K, N))
+        paths[f"{name}: M {M}, K {K}, N {N}, R {R}, bf16"] = {
+            "lora_linear": str(dispatch.decide(x, N, R)),
+            "lora_backward": str(dispatch.decide(dy, K, R)),
+        }
     return paths
 
 
@@ -70,14 +73,15 @@ def self_check(device: str) -> dict[str, Any]:
 def info() -> dict[str, Any]:
     """Everything `python -m fastlora info` shows, as one JSON-able value."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    probe = torch.empty(1, device=device)
+    unavailable = ops.triton_unavailable(probe)
     return {
         "fastlora": __version__,
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "devices": _devices(),
         "environment": vars(dispatch.env),
-        "kernels": ops.triton_unavailable(torch.empty(1, device=device)) or "available",
-        "table": ops.kernels.table(ops.kernels.arch(torch.empty(1, device=device)))["name"] if ops.kernels else None,
+        "kernels": unavailable or f"available, table {ops.kernels.table(ops.kernels.arch(probe))['name']}",
         "paths": _paths(device),
         "self_check": self_check(device),
     }
@@ -100,7 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     show = commands.add_parser("info", help="versions, device, the path of each op and why, a self-check")
     show.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args(argv)
-    facts = info()
+    try:
+        facts = info()
+    except RuntimeError as error:  # the kernels were demanded where they cannot run
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if args.json:
         print(json.dumps(facts, indent=2))
     else:
