@@ -30,7 +30,7 @@ def _devices() -> list[str]:
 
 
 def _paths(device: str) -> dict[str, dict[str, str]]:
-    """How each op would take a bf16 layer of each typical shape; the shapes are only described, nothing is allocated."""
+    """How each op would take a bf16 layer of each typical shape; shapes are described, nothing is allocated."""
     paths = {}
     for name, (M, K, N, R) in _SHAPES.items():
         x, dy = (torch.empty(1, device=device, dtype=torch.bfloat16).expand(M, size) for size in (K, N))

@@ -94,7 +94,7 @@ def lora_linear(
             y, h = eager.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p)
         else:
             y, h = kernels.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p, backend)
-    return y.view(*x.shape[:-1], w.shape[0]), h
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), h
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_lib)
