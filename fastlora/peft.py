@@ -264,7 +264,7 @@ class PatchReport:
         return "\n".join([f"fastlora runs {len(self.patched)} of {len(entries)} LoRA layers", *lines])
 
 
-def _lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
     """Every adapter layer of the model by name.   Raises TypeError, ValueError when there can be none or is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module with PEFT LoRA layers")
@@ -306,7 +306,7 @@ def _swap(layer: Any, name: str, strict: bool = False) -> None:
 def unpatch(model: nn.Module) -> None:
     """Give every patched layer PEFT's own class back.   Raises as `patch`."""
     for layer in _lora_layers(model).values():
-        if isinstance(layer, _Fused):
+        if type(layer) in _PEFT:
             layer.__class__ = _PEFT[type(layer)]
             del layer._name, layer._strict
 

@@ -27,19 +27,7 @@ torch.set_num_threads(1)  # for models this small, threads only wait for each ot
 Run = Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]
 FAMILIES = ("llama", "qwen3", "t5", "gpt2")
 VOCABULARY = 64
-_DECODER = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=128,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    use_cache=False,
-)
-_TARGETS = {
+TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "qwen3": ["q_proj", "v_proj", "o_proj", "down_proj"],
     "t5": ["q", "v", "wi", "wo"],
@@ -49,33 +37,29 @@ _TARGETS = {
 
 def base_model(family: str = "llama", layers: int = 2) -> transformers.PreTrainedModel:
     """A small model of the family with fresh weights, in evaluation mode, its own dropout off and no cache."""
-    if family == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_DECODER, num_hidden_layers=layers))
-    elif family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(
-            transformers.Qwen3Config(**_DECODER, num_hidden_layers=layers, head_dim=16)
-        )
-    elif family == "gpt2":
-        sizes = dict(vocab_size=VOCABULARY, n_embd=64, n_layer=layers, n_head=4, n_positions=64, use_cache=False)
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=0, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-            )
-        )
+    ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=VOCABULARY, use_cache=False)
+    if family == "gpt2":
+        sizes = dict(n_embd=64, n_layer=layers, n_head=4, n_positions=64)
+        no_dropout = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**ids, **sizes, **no_dropout))
+    elif family == "t5":
+        sizes = dict(d_model=64, d_kv=16, d_ff=128, num_layers=layers, num_heads=4)
+        options = dict(dropout_rate=0, decoder_start_token_id=0)
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**ids, **sizes, **options))
     else:
-        sizes = dict(
-            vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=layers, num_heads=4, use_cache=False
-        )
-        model = transformers.T5ForConditionalGeneration(
-            transformers.T5Config(**sizes, dropout_rate=0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2)
-        )
+        sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, max_position_embeddings=64)
+        heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+        if family == "llama":
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**ids, **sizes, **heads))
+        else:
+            model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**ids, **sizes, **heads))
     model.loss_type = "ForCausalLM"  # GPT-2 has none, and logs so, which no whole graph survives
     return model.eval()
 
 
 def lora_config(family: str = "llama", **options: Any) -> LoraConfig:
     """Rank 4 on every linear kind of the family, with a random B, so that the update is seen."""
-    options = {"r": 4, "lora_alpha": 6, "target_modules": _TARGETS[family], "init_lora_weights": False, **options}
+    options = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "init_lora_weights": False, **options}
     task = "SEQ_2_SEQ_LM" if family == "t5" else "CAUSAL_LM"
     return LoraConfig(task_type=task, fan_in_fan_out=family == "gpt2", **options)
 

@@ -1,4 +1,4 @@
-"""What the kernel tests multiply: fresh random tensors in every dtype mix and layout, lying in NaN.
+"""What the kernel tests multiply: one layer's operands, random, in any dtype mix and layout, lying in NaN.
 
 A kernel that reads one element too many meets a NaN, and says so in its result.
 """
@@ -6,22 +6,27 @@ A kernel that reads one element too many meets a NaN, and says so in its result.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import fastlora_kernels as kernels
 import torch
+from fastlora_kernels import Tile
 from torch import Tensor
 
-GROUND = 512
+from fastlora import reference
 
-Mix = tuple[torch.dtype, torch.dtype, torch.dtype]
+GROUND = 512
+SCALE = 1.7
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
 
-MAIN_MIXES: dict[str, Mix] = {  # dtypes of x, w and dy; of a; of b
+MAIN_MIXES = {  # dtypes of x, w and dy; of a; of b
     "fp32": (fp32, fp32, fp32),
     "fp16": (fp16, fp16, fp16),
     "bf16": (bf16, bf16, bf16),
     "bf16+fp32": (bf16, fp32, fp32),
 }
-ODD_MIXES: dict[str, Mix] = {
+ODD_MIXES = {
     "fp16+fp32": (fp16, fp32, fp32),
     "fp32+bf16": (fp32, bf16, bf16),
     "fp16+bf16": (fp16, bf16, bf16),
@@ -34,25 +39,110 @@ MIXES = {**MAIN_MIXES, **ODD_MIXES}
 def lay(t: Tensor) -> Tensor:
     """t's values, contiguous, in the middle of a storage that is NaN elsewhere."""
     ground = torch.full((t.numel() + 2 * GROUND,), float("nan"), dtype=t.dtype, device=t.device)
-    here = ground[GROUND : GROUND + t.numel()].view(t.shape)
-    return here.copy_(t)
-
-
-def normal(*shape: int, dtype: torch.dtype = fp32, device: str = "cpu", std: float = 1.0) -> Tensor:
-    """N(0, std²), rounded to dtype, lying in NaN."""
-    return lay((torch.randn(shape) * std).to(dtype).to(device))
+    return ground[GROUND : GROUND + t.numel()].view(t.shape).copy_(t)
 
 
 def _stepped(t: Tensor) -> Tensor:
-    """Every second row and every third column of a tensor that is NaN elsewhere."""
-    wide = torch.full([s * step for s, step in zip(t.shape, (2, 3), strict=True)], float("nan"), dtype=t.dtype)
-    here = wide.to(t.device)[::2, ::3]
-    return here.copy_(t)
+    sizes = [size * step for size, step in zip(t.shape, (2, 3), strict=False)]
+    ground = torch.full(sizes, float("nan"), dtype=t.dtype, device=t.device)
+    return (ground[::2, ::3] if t.dim() == 2 else ground[::2]).copy_(t)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: lay(t.t().contiguous()).t(),
-    "stepped": _stepped,
-    "padded": lambda t: lay(torch.nn.functional.pad(t, (0, 5), value=float("nan")))[:, :-5],
+    "every second row, every third column": _stepped,
+    "padded rows": lambda t: lay(torch.nn.functional.pad(t, (0, 5), value=float("nan")))[..., :-5],
 }
 """The same values under other strides."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The operands of every launch of one layer, each of unit size, so that no branch hides another's error."""
+
+    x: Tensor
+    w: Tensor
+    bias: Tensor
+    a: Tensor
+    b: Tensor
+    lora_bias: Tensor
+    h: Tensor
+    dh: Tensor
+    dy: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Layer:
+        return replace(self, **{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+
+def layer(mix: str, R: int, device: str = "cpu", M: int = 45, K: int = 70, N: int = 51) -> Layer:
+    """Fresh operands, each rounded to its dtype and lying in NaN. The default sizes are odd and several small tiles."""
+    main, a, b = MIXES[mix]
+
+    def normal(*shape: int, dtype: torch.dtype, std: float = 1.0) -> Tensor:
+        return lay((torch.randn(shape) * std).to(device, dtype))
+
+    return Layer(
+        x=normal(M, K, dtype=main),
+        w=normal(N, K, dtype=main, std=K**-0.5),
+        bias=normal(N, dtype=main),
+        a=normal(R, K, dtype=a, std=K**-0.5),
+        b=normal(N, R, dtype=b, std=R**-0.5),
+        lora_bias=normal(N, dtype=b),
+        h=normal(M, R, dtype=fp32),
+        dh=normal(M, R, dtype=fp32, std=R**-0.5),
+        dy=normal(M, N, dtype=main),
+    )
+
+
+def a_seed(device: str = "cpu") -> Tensor:
+    return torch.tensor(-(2**62) - 12345, device=device)
+
+
+def small_tile(R: int) -> Tile:
+    """Several tiles on each axis of the default sizes; the rank is walked in several steps from 33 on."""
+    return Tile(32, 32, 32, BLOCK_R=128 if R > 128 else 32)
+
+
+def double(value: Any) -> Any:
+    """The float64 twin of an argument."""
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def launch(t: Layer, config: Tile, p: float = 0.0) -> dict[str, Tensor]:
+    """Each launcher once."""
+    seed = a_seed(t.x.device.type)
+    dh, db = kernels.dy_pass(t.dy, t.h, t.b, SCALE, config=config)
+    assert dh is not None and db is not None
+    return {
+        "shrink": kernels.shrink(t.x, t.a, p=p, seed=seed, config=config),
+        "expand": kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config),
+        "add_expand": kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, config=config),
+        "dh": dh,
+        "db": db,
+        "da": kernels.x_pass(t.x, t.dh, t.a.dtype, p=p, seed=seed, config=config),
+        "dx": kernels.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed, config=config),
+        "add_dx": kernels.add_dx(None, t.dh, t.a, t.x.dtype, p=p, seed=seed, config=config),
+    }
+
+
+def twins(module: Any, t: Layer, p: float = 0.0) -> dict[str, Tensor]:
+    """What `launch` gives, by the twins in `module`: `fastlora.reference` or `plain`."""
+    seed = a_seed(t.x.device.type)
+    dh, db = module.dy_pass(t.dy, t.h, t.b, SCALE)
+    return {
+        "shrink": module.shrink(t.x, t.a, p=p, seed=seed),
+        "expand": module.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias),
+        "add_expand": module.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias),
+        "dh": dh,
+        "db": db,
+        "da": module.x_pass(t.x, t.dh, t.a.dtype, p=p, seed=seed),
+        "dx": module.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed),
+        "add_dx": module.dx(t.x, None, t.dh, t.a, p=p, seed=seed),
+    }
+
+
+def exact(t: Layer, p: float = 0.0) -> dict[str, Tensor]:
+    """What `launch` gives, in float64."""
+    return twins(reference, t.map(double), p)

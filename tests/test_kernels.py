@@ -5,7 +5,7 @@ A result may err no more than PEFT's formulation, and no more than its own twin,
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Iterator
 from typing import Any
 
 import fastlora_kernels as kernels
@@ -13,70 +13,144 @@ import plain
 import pytest
 import torch
 from fastlora_kernels import Tile
-from operands import MAIN_MIXES, MIXES, ODD_MIXES, bf16, fp16, fp32, normal
+from operands import (
+    MAIN_MIXES,
+    ODD_MIXES,
+    SCALE,
+    a_seed,
+    bf16,
+    double,
+    exact,
+    fp16,
+    fp32,
+    launch,
+    layer,
+    small_tile,
+    twins,
+)
 from tolerance import assert_close, assert_same, relative_error
-from torch import Tensor
 
 from fastlora import reference
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-SCALE = 1.7
 CASES = [(mix, R) for mix in MAIN_MIXES for R in (1, 7, 16, 33, 512)] + [(mix, R) for mix in ODD_MIXES for R in (7, 33)]
 cases = pytest.mark.parametrize(("mix", "R"), CASES)
 dropout = pytest.mark.parametrize("p", [0.0, 0.3])
 
 
-def config(R: int) -> Tile:
-    """Small tiles, several on each axis of a problem; the rank is walked in several steps from 33 on."""
-    return Tile(32, 32, 32, BLOCK_R=128 if R > 128 else 32)
-
-
-def problem(mix: str, R: int, device: str, M: int = 45, K: int = 70, N: int = 51) -> SimpleNamespace:
-    """Operands of one layer, all of unit size, so that neither branch hides the other's error."""
-    main, a, b = MIXES[mix]
-    shapes = {
-        "x": ((M, K), main, 1.0),
-        "w": ((N, K), main, K**-0.5),
-        "bias": ((N,), main, 1.0),
-        "a": ((R, K), a, K**-0.5),
-        "b": ((N, R), b, R**-0.5),
-        "lora_bias": ((N,), b, 1.0),
-        "h": ((M, R), fp32, 1.0),
-        "dh": ((M, R), fp32, R**-0.5),
-        "dy": ((M, N), main, 1.0),
-        "base": ((M, K), main, 1.0),
-    }
-    tensors = {n: normal(*shape, dtype=dtype, device=device, std=std) for n, (shape, dtype, std) in shapes.items()}
-    return SimpleNamespace(**tensors, seed=torch.tensor(-(2**62) - 12345, device=device))
-
-
-def double(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return torch.float64
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
 def hold(actual: Any, op: str, *args: Any, **kwargs: Any) -> None:
-    """`actual` is what `op` gives, by the policy: against PEFT's formulation, and against the twin in fp32."""
-    yardsticks = [getattr(module, op)(*args, **kwargs) for module in (plain, reference)]
-    twin = yardsticks[1]
-    exact = getattr(reference, op)(*map(double, args), **{name: double(value) for name, value in kwargs.items()})
-    for yardstick in yardsticks:
-        assert actual.dtype == twin.dtype, f"{op}: dtype {actual.dtype}, wanted {twin.dtype}"
-        assert_close(actual, yardstick, exact, op)
+    """`actual` is what `op` gives, by the policy: against PEFT's formulation, and against the twin."""
+    peft, twin = (getattr(module, op)(*args, **kwargs) for module in (plain, reference))
+    wanted = getattr(reference, op)(*map(double, args), **{name: double(value) for name, value in kwargs.items()})
+    assert actual.dtype == twin.dtype, f"{op}: dtype {actual.dtype}, wanted {twin.dtype}"
+    assert_close(actual, peft, wanted, op)
+    assert_close(actual, twin, wanted, f"{op} beside its twin")
 
 
 @dropout
 @cases
 def test_shrink(mix: str, R: int, p: float, device: str) -> None:
-    t = problem(mix, R, device)
-    h = kernels.shrink(t.x, t.a, p=p, seed=t.seed, config=config(R))
-    hold(h, "shrink", t.x, t.a, p=p, seed=t.seed)
+    t, seed = layer(mix, R, device), a_seed(device)
+    h = kernels.shrink(t.x, t.a, p=p, seed=seed, config=small_tile(R))
+    hold(h, "shrink", t.x, t.a, p=p, seed=seed)
 
 
 @cases
 def test_expand(mix: str, R: int, device: str) -> None:
-    t = problem(mix, R, device)
-    y = kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config(R))
+    t = layer(mix, R, device)
+    y = kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=small_tile(R))
     hold(y, "expand", t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias)
+
+
+@cases
+def test_add_expand(mix: str, R: int, device: str) -> None:
+    t = layer(mix, R, device)
+    y = kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, config=small_tile(R))
+    hold(y, "add_expand", t.dy, t.h, t.b, SCALE, t.lora_bias)
+    place = t.dy.clone()
+    assert kernels.add_expand(place, t.h, t.b, SCALE, t.lora_bias, out=place, config=small_tile(R)) is place
+    assert_same(place, y)
+
+
+@pytest.mark.parametrize("dtype", [fp32, fp16, bf16])
+@pytest.mark.parametrize("mix", MAIN_MIXES)
+def test_add_expand_into_another_dtype(mix: str, dtype: torch.dtype, device: str) -> None:
+    t = layer(mix, 7, device)
+    out = t.dy.new_empty(t.dy.shape, dtype=dtype)
+    assert kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, out=out, config=small_tile(7)) is out
+    hold(out, "add_expand", t.dy, t.h, t.b, SCALE, t.lora_bias, dtype=dtype)
+
+
+@cases
+def test_dy_pass(mix: str, R: int, device: str) -> None:
+    t = layer(mix, R, device)
+    both = kernels.dy_pass(t.dy, t.h, t.b, SCALE, config=small_tile(R))
+    wanted = reference.dy_pass(*map(double, (t.dy, t.h, t.b, SCALE)))
+    assert both[0] is not None and both[1] is not None
+    assert both[0].dtype == fp32 and both[1].dtype == t.b.dtype
+    for module in (plain, reference):
+        for name, *results in zip(("dh", "db"), both, module.dy_pass(t.dy, t.h, t.b, SCALE), wanted, strict=True):
+            assert_close(*results, f"{name} beside {module.__name__}")
+
+
+@dropout
+@cases
+def test_x_pass(mix: str, R: int, p: float, device: str) -> None:
+    t, seed = layer(mix, R, device), a_seed(device)
+    da = kernels.x_pass(t.x, t.dh, t.a.dtype, p=p, seed=seed, config=small_tile(R))
+    hold(da, "x_pass", t.x, t.dh, t.a.dtype, p=p, seed=seed)
+
+
+@dropout
+@cases
+def test_dx(mix: str, R: int, p: float, device: str) -> None:
+    t, seed = layer(mix, R, device), a_seed(device)
+    grad = kernels.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed, config=small_tile(R))
+    hold(grad, "dx", t.dy, t.w, t.dh, t.a, p=p, seed=seed)
+
+
+@dropout
+@cases
+def test_add_dx(mix: str, R: int, p: float, device: str) -> None:
+    """Without a base it is dx without w; over a base, dx whose dy is the base and whose w is the identity."""
+    t, seed = layer(mix, R, device), a_seed(device)
+    alone = kernels.add_dx(None, t.dh, t.a, t.x.dtype, p=p, seed=seed, config=small_tile(R))
+    hold(alone, "dx", t.x, None, t.dh, t.a, p=p, seed=seed)
+    place = t.x.clone()
+    assert kernels.add_dx(place, t.dh, t.a, t.x.dtype, p=p, seed=seed, config=small_tile(R)) is place
+    hold(place, "dx", t.x, torch.eye(70, dtype=t.x.dtype, device=device), t.dh, t.a, p=p, seed=seed)
+
+
+@pytest.mark.parametrize("config", [Tile(16, 64, 32), Tile(64, 16, 128, BLOCK_R=16), Tile(128, 32, 16, BLOCK_R=64)])
+def test_any_tile(config: Tile, device: str) -> None:
+    """M makes ten blocks of 16 rows: more than one group of eight that share their columns."""
+    t = layer("bf16+fp32", 20, device, M=147)
+    peft, wanted = twins(plain, t), exact(t)
+    for name, value in launch(t, config).items():
+        assert_close(value, peft[name], wanted[name], f"{name} at {config}")
+
+
+@pytest.fixture
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("mix", ["fp32", "bf16+fp32"])
+@pytest.mark.parametrize(("precision", "bits"), [("highest", 22), ("high", 16), ("medium", 8)], indirect=["precision"])
+def test_float32_matmul_precision_sets_the_bits(precision: str, bits: int, mix: str, device: str) -> None:
+    """One bf16 piece of a factor carries 8 bits, two carry 16, three all 24 of fp32.
+
+    A rounding to n bits errs by at most 2^−n: with two rounded factors a product errs by about 0.6·2^−n rms (measured:
+    0.62 under "medium"; under "high" 0.30, for a second piece rounds a remainder that is below its bound already).
+    Under "highest" fp32's accumulation is what is left, 0.3·2^−22. Much less error would mean the setting is ignored.
+    """
+    t = layer(mix, 33, device)
+    wanted = exact(t)
+    for name, value in launch(t, small_tile(33)).items():
+        if value.dtype == fp32:
+            error = relative_error(value, wanted[name])
+            assert 2.0 ** -(bits + 4) <= error <= 2.0**-bits, f"{name}: error {error:.2e} under {precision!r}"

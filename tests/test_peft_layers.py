@@ -236,8 +236,8 @@ def test_explain_names_the_path() -> None:
     layer, x = model.base_model.model.proj, noise(5, K)
     assert "split over 2 active adapters" in fastlora.explain(layer, x).why
     model.set_adapter("default")
-    assert fastlora.explain(layer, x).backend == "torch"
-    assert fastlora.explain(layer, x.double()).backend == "peft"
+    assert fastlora.explain(layer, x).path == "torch"
+    assert fastlora.explain(layer, x.double()).path == "peft"
     model.merge_adapter()
     decision = fastlora.explain(layer, x)
     assert decision.path == "peft" and decision.why.startswith("merged")

@@ -91,7 +91,7 @@ def test_keys_and_files_are_pefts(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
 def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     """With dropout on, the recomputed forward draws the same masks: the same bits as without checkpointing."""
     model, inputs = peft_model(family, lora_dropout=0.3).train(), batch(family)
@@ -113,6 +113,18 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     assert not torch.equal(other["loss"], actual["loss"]), "another seed drew the same masks"
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_of_t5(reentrant: bool) -> None:
+    """T5 takes another attention kernel under checkpointing, in PEFT too, so its bits cannot stay: its values do."""
+
+    def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        model.train().enable_input_require_grads()
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        return step(model, inputs)
+
+    assert_parity(lambda: peft_model("t5"), run, "t5")
+
+
 class Graphs(list[torch.fx.Graph]):
     """A torch.compile backend that keeps the graphs it is given and runs them as they are."""
 
@@ -128,7 +140,9 @@ def compiled(model: nn.Module, inputs: dict[str, Tensor]) -> Graphs:
     """The graphs of a forward under torch.compile(fullgraph=True), which no graph break survives."""
     torch.compiler.reset()
     graphs = Graphs()
-    torch.compile(model, fullgraph=True, backend=graphs)(**inputs).loss.backward()
+    loss = torch.compile(model, fullgraph=True, backend=graphs)(**inputs).loss
+    if loss.requires_grad:
+        loss.backward()
     return graphs
 
 
@@ -147,7 +161,8 @@ def test_several_adapters_compile_to_one_graph() -> None:
     model.base_model.set_adapter(["default", "other"])
     fastlora.patch(model)
     graphs = compiled(model, batch())
-    assert len(graphs) == 1 and graphs.calls("fastlora.lora_update") == 1 + 7
+    assert len(graphs) == 1
+    assert (graphs.calls("fastlora.lora_update"), graphs.calls("fastlora.lora_linear")) == (2, 6)
 
 
 def test_what_falls_back_compiles_as_in_peft() -> None:
@@ -155,7 +170,6 @@ def test_what_falls_back_compiles_as_in_peft() -> None:
     model = peft_model("llama", layers=1)
     fastlora.patch(model)
     model.merge_adapter()
-    model.enable_input_require_grads()
     graphs = compiled(model, batch())
     assert len(graphs) == 1 and graphs.calls("fastlora") == 0
 

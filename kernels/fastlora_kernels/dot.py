@@ -67,27 +67,36 @@ def dot(p, q, acc, PIECES: tl.constexpr, INTERPRET: tl.constexpr):
     else:
         P_WIDE: tl.constexpr = p.dtype != tl.bfloat16
         Q_WIDE: tl.constexpr = q.dtype != tl.bfloat16
+        P_LONG: tl.constexpr = p.dtype == tl.float32  # fp16's 11 bits fit in two pieces
+        Q_LONG: tl.constexpr = q.dtype == tl.float32
         if P_WIDE or INTERPRET:
             p = p.to(tl.float32)
         if Q_WIDE or INTERPRET:
             q = q.to(tl.float32)
         p0 = piece(p, INTERPRET) if P_WIDE else p
         q0 = piece(q, INTERPRET) if Q_WIDE else q
-        acc = tl.dot(p0, q0, acc, input_precision="ieee")
         if PIECES >= 2:
             if P_WIDE:
                 p_rest = rest(p, p0)
                 p1 = piece(p_rest, INTERPRET)
-                acc = tl.dot(p1, q0, acc, input_precision="ieee")
             if Q_WIDE:
                 q_rest = rest(q, q0)
                 q1 = piece(q_rest, INTERPRET)
-                acc = tl.dot(p0, q1, acc, input_precision="ieee")
-            if PIECES >= 3:
-                if P_WIDE and Q_WIDE:
-                    acc = tl.dot(p1, q1, acc, input_precision="ieee")
-                if P_WIDE:
-                    acc = tl.dot(piece(rest(p_rest, p1), INTERPRET), q0, acc, input_precision="ieee")
-                if Q_WIDE:
-                    acc = tl.dot(p0, piece(rest(q_rest, q1), INTERPRET), acc, input_precision="ieee")
+        # six products a step, each rounded at acc's size, err more than plain fp32: sum them apart, smallest first
+        APART: tl.constexpr = PIECES >= 3 and P_WIDE and Q_WIDE
+        part = tl.zeros([p.shape[0], q.shape[1]], tl.float32) if APART else acc
+        if PIECES >= 3:
+            if P_LONG:
+                part = tl.dot(piece(rest(p_rest, p1), INTERPRET), q0, part, input_precision="ieee")
+            if Q_LONG:
+                part = tl.dot(p0, piece(rest(q_rest, q1), INTERPRET), part, input_precision="ieee")
+            if P_WIDE and Q_WIDE:
+                part = tl.dot(p1, q1, part, input_precision="ieee")
+        if PIECES >= 2:
+            if P_WIDE:
+                part = tl.dot(p1, q0, part, input_precision="ieee")
+            if Q_WIDE:
+                part = tl.dot(p0, q1, part, input_precision="ieee")
+        part = tl.dot(p0, q0, part, input_precision="ieee")
+        acc = acc + part if APART else part
     return acc

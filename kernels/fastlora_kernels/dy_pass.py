@@ -21,7 +21,7 @@ from fastlora_kernels.tables import Tile, tile
 from fastlora_kernels.tiles import outer_tile, shrink_tile
 
 
-@triton.jit(do_not_specialize=["M", "n_chunk", "dh_programs", "db_programs", "n_parts"])
+@triton.jit(do_not_specialize=["M", "dh_programs", "db_programs", "n_parts"])
 def _dy_kernel(
     dy_ptr,
     h_ptr,
@@ -48,6 +48,7 @@ def _dy_kernel(
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     band = tl.program_id(0) // (dh_programs + db_programs)
@@ -59,34 +60,37 @@ def _dy_kernel(
         pid_m = band * (band_rows // BLOCK_M) + pid // n_parts
         part = pid % n_parts
         dh = shrink_tile(
-            dy_ptr, b_ptr, dy_ptr, M, R, stride_dm, stride_dn, stride_bn, stride_br, pid_m, pid_r,
+            dy_ptr, b_ptr, dy_ptr, M, N, R, stride_dm, stride_dn, stride_bn, stride_br, pid_m, pid_r,
             part * n_chunk, tl.minimum(N, (part + 1) * n_chunk), 0,
-            False, B_PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_N,
+            False, B_PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
         )  # fmt: skip
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
         dh_rows = dh_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R
-        tl.store(dh_rows + offs_r[None, :], dh * tl.cast(scale, tl.float32), mask=(offs_m < M)[:, None] & mask_r[None, :])
+        dh_mask = (offs_m < M)[:, None] & mask_r[None, :]
+        tl.store(dh_rows + offs_r[None, :], dh * tl.cast(scale, tl.float32), mask=dh_mask)
     else:
         pid_n = pid - dh_programs
         db = outer_tile(
             dy_ptr, h_ptr, dy_ptr, N, R, stride_dm, stride_dn, stride_hm, stride_hr, pid_n, pid_r,
             band * band_rows, tl.minimum(M, (band + 1) * band_rows), 0,
-            False, H_PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_N,
+            False, H_PIECES, INTERPRET, BLOCK_K, BLOCK_R, BLOCK_N,
         )  # fmt: skip
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         db_rows = db_ptr + (band.to(tl.int64) * N + offs_n)[:, None] * R
-        mask = (offs_n < N)[:, None] & mask_r[None, :]
-        tl.store(db_rows + offs_r[None, :], cast(db * tl.cast(scale, tl.float32), db_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        db_mask = (offs_n < N)[:, None] & mask_r[None, :]
+        db *= tl.cast(scale, tl.float32)
+        tl.store(db_rows + offs_r[None, :], cast(db, db_ptr.dtype.element_ty, INTERPRET), mask=db_mask)
 
 
 def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
     """(count, rows) of the row bands of a [M, width] operand; a function of shape only.
 
-    At most 32 MiB of bf16 a band, so that it stays in L2, and at least 40·R rows, so that fp32 partials of rank R,
-    one a band, are at most 4·R / (2·40·R) = 5 % of the operand's bytes.
+    As many as make a band at most 32 MiB of bf16 and 2048 rows, so that it stays in L2, but no more than leave 40·R rows
+    to each: fp32 partials of rank R, one a band, are then at most 4·R / (2·40·R) = 5 % of the operand's bytes.
     """
-    rows = max(40 * R, min(2048, 2**24 // width), block)
-    rows = triton.cdiv(min(rows, M), block) * block
+    wanted = triton.cdiv(M, max(1, min(2048, 2**24 // width)))
+    rows = triton.cdiv(M, max(1, min(wanted, M // (40 * R))))
+    rows = triton.cdiv(rows, block) * block
     return triton.cdiv(M, rows), rows
 
 
@@ -110,12 +114,12 @@ def dy_pass(
     db_out = dy.new_empty((N, R), dtype=b.dtype) if want_db else None
     if M * N * R == 0:
         return dh_out, db_out.zero_() if db_out is not None else None
-    t = config or tile("dy", arch(dy), dy.dtype, M, N)
+    t = config or tile("dy", arch(dy), dy.dtype, M, N, R)
     rank = block_r(R)
     grid_r = triton.cdiv(R, rank)
     n_bands, band_rows = bands(M, N, R, t.BLOCK_M)
     row_blocks = band_rows // t.BLOCK_M
-    n_parts, n_chunk = chunks(N, n_bands * row_blocks * grid_r, t.BLOCK_N, least=max(512, 40 * R))
+    n_parts, n_chunk = chunks(N, n_bands * row_blocks * grid_r, t.BLOCK_K, least=max(512, 40 * R))
     dh = dy.new_empty((n_parts, M, R), dtype=torch.float32) if want_dh and n_parts > 1 else dh_out
     db = dy.new_empty((n_bands, N, R), dtype=torch.float32) if want_db and n_bands > 1 else db_out
     dh_programs = row_blocks * n_parts if want_dh else 0
@@ -126,10 +130,10 @@ def dy_pass(
             M, N, R, n_chunk, n_parts, band_rows, dh_programs, db_programs,
             *dy.stride(), *(h.stride() if h is not None else (0, 0)), *b.stride(), scale,
             H_PIECES=pieces(dy.dtype, (torch.float32,), b.dtype), B_PIECES=pieces(dy.dtype, (b.dtype,), torch.float32),
-            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_R=rank, **t.options,
+            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank, **t.options,
         )  # fmt: skip
-    if dh is not None and dh is not dh_out:
+    if dh is not None and dh_out is not None and dh is not dh_out:
         reduce(dh, dh_out)
-    if db is not None and db is not db_out:
+    if db is not None and db_out is not None and db is not db_out:
         reduce(db, db_out)
     return dh_out, db_out

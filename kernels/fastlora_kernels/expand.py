@@ -77,6 +77,14 @@ def _expand_kernel(
     mask_m = offs_m < M
     mask_n = offs_n < N
 
+    mask = mask_m[:, None] & mask_n[None, :]
+    if BASE == 1:  # asked for first, so that its latency hides behind the prologue
+        base = tl.load(
+            x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xk,
+            mask=mask,
+            other=0.0,
+        )
+
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     h_rows = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     b_cols = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
@@ -100,24 +108,23 @@ def _expand_kernel(
         # rows past M repeat the last one: they are never stored, and x is loaded without a row mask
         x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * stride_xm
         w_cols = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
+        offs_k = tl.arange(0, BLOCK_K)
+        x_tile = x_rows + offs_k[None, :] * stride_xk
+        w_tile = w_cols + offs_k[:, None] * stride_wk
         for k in tl.range(0, K, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            x_tile = x_rows + offs_k[None, :] * stride_xk
-            w_tile = w_cols + offs_k.to(tl.int64)[:, None] * stride_wk
             if EVEN_K:
                 x = tl.load(x_tile)
                 w = tl.load(w_tile) if EVEN_N else tl.load(w_tile, mask=mask_n[None, :], other=0.0)
             else:
-                mask_k = offs_k < K
+                mask_k = offs_k < K - k
                 x = tl.load(x_tile, mask=mask_k[None, :], other=0.0)
                 w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
             acc = dot(x, w, acc, MAIN_PIECES, INTERPRET)
+            x_tile += BLOCK_K * tl.cast(stride_xk, tl.int64)
+            w_tile += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
-    mask = mask_m[:, None] & mask_n[None, :]
     if BASE == 1:
-        base = tl.load(x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xk,
-                       mask=mask, other=0.0)  # fmt: skip
         acc += base.to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0)
@@ -147,7 +154,7 @@ def _launch(
         return y
     dropped = p > 0 and seed is not None
     main = x.dtype if base != NONE else y.dtype
-    t = config or tile(kernel, arch(y), main, M, N)
+    t = config or tile(kernel, arch(y), main, M, N, R)
     even_n, even_k = N % t.BLOCK_N == 0, K % t.BLOCK_K == 0
     with on_device(y):
         _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
@@ -161,7 +168,7 @@ def _launch(
             PIECES=pieces(main, (torch.float32, b.dtype), y.dtype),
             MAIN_PIECES=pieces(main, (w.dtype if w is not None else main,), y.dtype),
             EVEN_N=even_n, EVEN_K=even_k, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=16 if R <= 16 else 32, GROUP_M=8,
+            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=16 if R <= 16 else t.BLOCK_R, GROUP_M=8,
             **t.options,
         )  # fmt: skip
     return y

@@ -15,7 +15,7 @@ from fastlora_kernels.tables import Tile, tile
 from fastlora_kernels.tiles import shrink_tile
 
 
-@triton.jit(do_not_specialize=["M", "k_chunk"])
+@triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
     x_ptr,
     a_ptr,
@@ -40,7 +40,7 @@ def _shrink_kernel(
 ):
     pid_m, pid_r, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     acc = shrink_tile(
-        x_ptr, a_ptr, seed_ptr, M, R, stride_xm, stride_xk, stride_ak, stride_ar, pid_m, pid_r,
+        x_ptr, a_ptr, seed_ptr, M, K, R, stride_xm, stride_xk, stride_ak, stride_ar, pid_m, pid_r,
         pid_k * k_chunk, tl.minimum(K, (pid_k + 1) * k_chunk), threshold,
         DROPOUT, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
@@ -48,7 +48,8 @@ def _shrink_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     h_rows = h_ptr + (pid_k.to(tl.int64) * M + offs_m)[:, None] * R
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    tl.store(h_rows + offs_r[None, :], cast(acc * tl.cast(scale, tl.float32), h_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    acc *= tl.cast(scale, tl.float32)
+    tl.store(h_rows + offs_r[None, :], cast(acc, h_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def block_r(R: int) -> int:
@@ -76,7 +77,7 @@ def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None, 
     """
     (M, K), R = x.shape, a.shape[0]
     dropped = p > 0 and seed is not None
-    t = config or tile("shrink", arch(x), x.dtype, M, K)
+    t = config or tile("shrink", arch(x), x.dtype, M, K, R)
     rank = block_r(R)
     grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, rank)
     parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)

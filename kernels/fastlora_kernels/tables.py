@@ -19,13 +19,17 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Tile:
-    """One launch configuration. Thin kernels use BLOCK_M and one of BLOCK_N, BLOCK_K for their long axis."""
+    """One launch configuration. shrink and x use BLOCK_M, BLOCK_K; dy a BLOCK_M or BLOCK_N output and BLOCK_K steps.
+
+    BLOCK_R is the rank step of the GEMM's prologue; thin kernels hold up to 128 ranks at once.
+    """
 
     BLOCK_M: int
     BLOCK_N: int = 128
     BLOCK_K: int = 64
     num_warps: int = 4
     num_stages: int = 3
+    BLOCK_R: int = 32
 
     @property
     def options(self) -> dict[str, Any]:
@@ -50,12 +54,12 @@ def _admits(row: dict[str, Any], dtype: torch.dtype, sizes: dict[str, int]) -> b
 
 
 @lru_cache(maxsize=4096)
-def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int) -> Tile:
-    """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an output or long axis of M rows and N."""
+def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0) -> Tile:
+    """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an [M, N] operand or output, at rank R."""
     for row in table(arch)["tiles"][kernel]:
-        if _admits(row, dtype, {"M": M, "N": N}):
+        if _admits(row, dtype, {"M": M, "N": N, "R": R}):
             return Tile(**row["tile"])
-    raise LookupError(f"table {arch}: no row of {kernel!r} admits dtype {dtype}, M {M}, N {N}; its last row has bounds")
+    raise LookupError(f"table {arch}: no row of {kernel!r} admits {dtype}, M {M}, N {N}, R {R}; the last has bounds")
 
 
 @lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ def shrink_tile(
     f_ptr,
     seed_ptr,
     M,
+    K,
     R,
     stride_xm,
     stride_xk,
@@ -36,7 +37,10 @@ def shrink_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_R] of drop(x)·f over the features k_start…k_end (k_start a multiple of BLOCK_K)."""
+    """[BLOCK_M, BLOCK_R] of drop(x)·f over the features k_start…k_end, both multiples of BLOCK_K unless k_end is K.
+
+    The mask compares with K, not k_end: K is known to be a multiple of 16 where it is one, so that loads stay wide.
+    """
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
@@ -48,7 +52,7 @@ def shrink_tile(
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k in tl.range(k_start, k_end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < k_end
+        mask_k = offs_k < K
         x = tl.load(x_rows + offs_k[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(keep(seed, offs_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)

@@ -50,7 +50,8 @@ def _x_kernel(
     offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     da_cols = da_ptr + (band.to(tl.int64) * R + offs_r)[None, :] * K
     mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
-    tl.store(da_cols + offs_k[:, None], cast(da * tl.cast(scale, tl.float32), da_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    da *= tl.cast(scale, tl.float32)
+    tl.store(da_cols + offs_k[:, None], cast(da, da_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def x_pass(
@@ -72,7 +73,7 @@ def x_pass(
     out = x.new_empty((R, K), dtype=dtype)
     if M * K * R == 0:
         return out.zero_()
-    t = config or tile("x", arch(x), x.dtype, M, K)
+    t = config or tile("x", arch(x), x.dtype, M, K, R)
     rank = block_r(R)
     n_bands, band_rows = bands(M, K, R, t.BLOCK_M)
     da = x.new_empty((n_bands, R, K), dtype=torch.float32) if n_bands > 1 else out

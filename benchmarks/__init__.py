@@ -1,0 +1,1 @@
+"""Measurements and audits: each module is a command, `python -m benchmarks.<name>`."""

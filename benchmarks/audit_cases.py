@@ -1,0 +1,123 @@
+"""What the compile audit compiles: every tile of the tables × the dtypes, ranks and flags that reach it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastlora_kernels as kernels
+from fastlora_kernels.reduce import reduce
+from fastlora_kernels.tables import Tile, table, tile
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+
+AXES = {"shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR", "reduce": ""}
+"""The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
+
+FLAGS = {
+    "shrink": ("", "dropout"),
+    "expand": ("", "biases"),
+    "add": ("add", "add dropout", "none", "none dropout"),
+    "dy": ("",),
+    "x": ("", "dropout"),
+    "dx": ("", "dropout"),
+    "reduce": ("",),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"))
+"""dtypes of the big operands and of the adapter."""
+
+RANKS = (16, 64, 512)
+ROWS, FEATURES = 8192, 4096
+"""The typical problem: sizes and strides are multiples of 16, as a launch then specialises on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a launch of `kernel` as its launcher makes it."""
+
+    arch: str
+    kernel: str
+    tile: Tile
+    main: str
+    adapter: str
+    rank: int
+    flags: str
+    rows: int = ROWS
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What names the case in a table: arch, kernel, tile, dtypes, rank, flags."""
+        axes = AXES[self.kernel]
+        blocks = "x".join(str(getattr(self.tile, f"BLOCK_{axis}")) for axis in axes if axis != "R")
+        step = f" r{self.tile.BLOCK_R}" if "R" in axes else ""
+        size = f"{blocks}{step} w{self.tile.num_warps} s{self.tile.num_stages}" if axes else "1024"
+        dtypes = self.main if self.main == self.adapter else f"{self.main}+{self.adapter}"
+        return self.arch, self.kernel, size, dtypes, str(self.rank), self.flags
+
+    def launch(self) -> None:
+        """Call the launcher on tensors without storage; who records launches learns what it would have launched."""
+        M, N, K, R, t = self.rows, FEATURES, FEATURES, self.rank, self.tile
+        main, adapter = DTYPES[self.main], DTYPES[self.adapter]
+
+        def of(*shape: int, dtype: torch.dtype = main) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, w, dy, h = of(M, K), of(N, K), of(M, N), of(M, R, dtype=torch.float32)
+        a, b, lora_bias = of(R, K, dtype=adapter), of(N, R, dtype=adapter), of(N, dtype=adapter)
+        p, seed = (0.1 if "dropout" in self.flags else 0.0), of(dtype=torch.int64)
+        match self.kernel:
+            case "shrink":
+                kernels.shrink(x, a, p=p, seed=seed, config=t)
+            case "expand" if self.flags == "biases":
+                kernels.expand(x, w, of(N), h, b, 0.5, lora_bias, config=t)
+            case "expand":
+                kernels.expand(x, w, None, h, b, 0.5, config=t)
+            case "add" if self.flags == "add":
+                kernels.add_expand(dy, h, b, 0.5, out=dy, config=t)
+            case "add":
+                kernels.add_dx(x if "add" in self.flags else None, h, a, main, p=p, seed=seed, config=t)
+            case "dy":
+                kernels.dy_pass(dy, h, b, 0.5, config=t)
+            case "x":
+                kernels.x_pass(x, h, adapter, p=p, seed=seed, config=t)
+            case "dx":
+                kernels.dx(dy, w, h, a, p=p, seed=seed, config=t)
+            case "reduce":
+                reduce(of(4, N, R, dtype=torch.float32), of(N, R, dtype=adapter))
+
+
+def ranks(kernel: str, t: Tile) -> tuple[int, ...]:
+    """The ranks worth a compilation: a GEMM's prologue only knows whether one step is narrower than the tile's."""
+    if "R" in AXES[kernel]:
+        return (16, 64) if t.BLOCK_R > 16 else (64,)
+    return RANKS
+
+
+def cases(archs: tuple[str, ...] = ARCHS, names: tuple[str, ...] = tuple(AXES)) -> Iterator[Case]:
+    """Every case of these architectures and kernels, in the order of the tables; no key twice."""
+    seen = set()
+    for arch in archs:
+        for kernel in names:
+            for case in _of_tables(arch, kernel) if AXES[kernel] else _of_reduce(arch):
+                if case.key not in seen:
+                    seen.add(case.key)
+                    yield case
+
+
+def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
+    for row in table(arch)["tiles"][kernel]:
+        t, rows = Tile(**row["tile"]), row.get("max_M", ROWS)
+        for main, adapter in MIXES:
+            for rank in ranks(kernel, t):
+                if tile(kernel, arch, DTYPES[main], rows, FEATURES, rank) == t:
+                    for flags in FLAGS[kernel]:
+                        yield Case(arch, kernel, t, main, adapter, rank, flags, rows)
+
+
+def _of_reduce(arch: str) -> Iterator[Case]:
+    for out in DTYPES:
+        yield Case(arch, "reduce", Tile(1), "fp32", out, 16, "")

@@ -1,0 +1,92 @@
+"""A base that needs no download: a byte-level BPE trained on the run's own text, and a small Llama, briefly pretrained.
+
+LoRA adapts what a model knows, so this one is first trained in full, with no summary in sight: to answer questions
+about generated dialogues, or, where a file of dialogues comes without questions, to predict their text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dialogues import Example
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from training import row, train
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Size:
+    """How big the base is and how long it is pretrained."""
+
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocab: int = 2000
+    steps: int = 900
+    batch: int = 8
+
+
+def build_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab` tokens, in which a word is spelt alike within a line and at its start."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Replace("\n", "\n ")
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\n ", "\n")])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<pad>", "<eos>"],
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, limit: int) -> LlamaForCausalLM:
+    """A Llama for `limit` positions, fresh from its config."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.hidden,
+        intermediate_size=2 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=limit,
+        initializer_range=size.hidden**-0.5,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def reading(example: Example) -> tuple[str, str]:
+    """(prompt, what is to be learned): the answers to the dialogue's questions, or its own text if it has none."""
+    if not example.asks:
+        return "", example.dialogue
+    asks = "\n".join(f"{question} {answer}" for question, answer in example.asks)
+    return f"{example.dialogue}\n\nQuestions:", f" {asks}"
+
+
+def make(path: str, examples: Sequence[Example], size: Size, *, limit: int, seed: int, scratch: Path) -> list[float]:
+    """Save a pretrained model and its tokenizer at `path`, as `from_pretrained` wants them.   Returns the losses."""
+    readings = [reading(example) for example in examples]
+    # the tokenizer alone may see summaries: their words need spellings
+    texts = [f"{prompt}{text}\n{e.summary}" for (prompt, text), e in zip(readings, examples, strict=True)]
+    tokenizer = build_tokenizer(texts, size.vocab)
+    model = build_model(tokenizer, size, limit)
+    losses = train(
+        model,
+        [row(tokenizer, prompt, text, limit) for prompt, text in readings],
+        pad=tokenizer.pad_token_id,
+        steps=size.steps,
+        batch=size.batch,
+        lr=3e-3,
+        seed=seed,
+        scratch=scratch,
+    )
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return losses

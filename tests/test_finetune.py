@@ -1,0 +1,87 @@
+"""The main job, run as a user runs it but small: what it claims to show is shown."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "examples"))
+
+import dialogues  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a quick run left its adapter and report."""
+    out = tmp_path_factory.mktemp("finetune")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--quick", "--out", str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict[str, Any]:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_losses_fall(report: dict[str, Any]) -> None:
+    for losses in (report["pretraining"], report["training"]):
+        tenth = len(losses) // 10
+        assert sum(losses[-tenth:]) < sum(losses[:tenth])
+    assert report["after"]["loss"] < report["before"]["loss"]
+
+
+def test_losses_equal_pefts(report: dict[str, Any]) -> None:
+    both = report["beside"]["losses"]
+    assert len(both["peft"]) == len(both["fastlora"]) > 1
+    assert both["peft"] == pytest.approx(both["fastlora"], rel=report["beside"]["tolerance"])
+    assert both["peft"][-1] != both["peft"][0], "nothing was trained"
+
+
+def test_every_layer_was_ours_and_keeps_less(report: dict[str, Any]) -> None:
+    assert report["patch"]["patched"] == 14
+    assert report["patch"]["skipped"] == {}
+    dropped = report["steps"][str(report["arguments"]["dropout"])]
+    assert dropped["fastlora"]["saved"] < dropped["peft"]["saved"]
+
+
+def test_plain_peft_writes_the_same(report: dict[str, Any]) -> None:
+    same = report["same_tokens"]
+    assert same["loaded"] == same["merged"] == same["held_out"] > 0
+
+
+def test_adapter_is_pefts_format(out: Path) -> None:
+    assert {path.name for path in (out / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    base = AutoModelForCausalLM.from_pretrained(out / "base")
+    ids = torch.arange(2, 34)[None]
+    plain = base(ids).logits
+    model = PeftModel.from_pretrained(base, out / "adapter")
+    assert not torch.equal(model(ids).logits, plain), "the adapter says nothing"
+
+
+def test_dialogues_are_the_seeds_and_never_twice() -> None:
+    first, second = (list(itertools.islice(dialogues.dialogues(seed=3), 500)) for _ in range(2))
+    assert first == second
+    assert len({example.summary for example in first}) == len({example.dialogue for example in first}) == 500
+
+
+def test_every_ending_plays_and_its_facts_were_said() -> None:
+    for scene in dialogues.SCENES:
+        for ending in scene.endings:
+            for seed in range(20):
+                example = dialogues.play(scene, ending, random.Random(seed))  # a slot that no turn drew is a KeyError
+                assert example.summary and example.asks
