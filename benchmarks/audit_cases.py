@@ -18,19 +18,20 @@ AXES = {"shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", 
 """The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
 
 FLAGS = {
-    "shrink": ("", "dropout"),
-    "expand": ("", "biases"),
-    "add": ("add", "add dropout", "none", "none dropout"),
+    "shrink": ("dropout",),
+    "expand": ("biases",),
+    "add": ("add", "none dropout"),
     "dy": ("",),
-    "x": ("", "dropout"),
+    "x": ("dropout",),
     "dx": ("", "dropout"),
     "reduce": ("",),
 }
+"""The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"))
 """dtypes of the big operands and of the adapter."""
 
-RANKS = (16, 64, 512)
+RANKS = (512, 64, 16)
 ROWS, FEATURES = 8192, 4096
 """The typical problem: sizes and strides are multiples of 16, as a launch then specialises on."""
 
@@ -91,10 +92,8 @@ class Case:
 
 
 def ranks(kernel: str, t: Tile) -> tuple[int, ...]:
-    """The ranks worth a compilation: a GEMM's prologue only knows whether one step is narrower than the tile's."""
-    if "R" in AXES[kernel]:
-        return (16, 64) if t.BLOCK_R > 16 else (64,)
-    return RANKS
+    """The ranks to try, heaviest first: a GEMM's prologue takes every rank in steps of the tile's own."""
+    return (64,) if "R" in AXES[kernel] else RANKS
 
 
 def cases(archs: tuple[str, ...] = ARCHS, names: tuple[str, ...] = tuple(AXES)) -> Iterator[Case]:
@@ -116,6 +115,7 @@ def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
                 if tile(kernel, arch, DTYPES[main], rows, FEATURES, rank) == t:
                     for flags in FLAGS[kernel]:
                         yield Case(arch, kernel, t, main, adapter, rank, flags, rows)
+                    break
 
 
 def _of_reduce(arch: str) -> Iterator[Case]:

@@ -3,7 +3,18 @@
 A dialogue is a scene of `scenes.txt` that ends in one of several ways. Its sentences are drawn from alternatives, its
 names, places, days and prices from pools; small talk brings in facts that do not matter. The summary states what
 matters and how the scene ended, so it must be picked out of the dialogue.
-SAMPLE
+
+`python examples/dialogues.py --seed 57 --count 1` prints
+
+    Anna: I ran all the way from the park, Ingrid.
+    Ingrid: Do not worry, I have been reading since six.
+    Anna: Would you come to the film festival with me on Friday?
+    Ingrid: Where do we meet, and when?
+    Anna: Let us meet by the market at two.
+    Ingrid: I just see that I play tennis on Friday. Would Sunday work?
+    Anna: Good, let us make it Sunday.
+
+    -> Anna invites Ingrid to the film festival. They move it from Friday to Sunday and will meet at the market at two.
 """
 
 from __future__ import annotations
@@ -24,6 +35,11 @@ class Example:
     dialogue: str
     summary: str
     asks: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def prompt(self) -> str:
+        """What a model is asked; the summary is the answer."""
+        return f"Summarize the following conversation.\n\n{self.dialogue}\n\nSummary:"
 
 
 @dataclass

@@ -6,6 +6,7 @@ about generated dialogues, or, where a file of dialogues comes without questions
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 @dataclass(frozen=True)
 class Size:
-    """How big the base is and how long it is pretrained."""
+    """How big the base is."""
 
     hidden: int = 128
     layers: int = 3
     heads: int = 4
     vocab: int = 2000
-    steps: int = 900
-    batch: int = 8
 
 
 def build_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -62,28 +61,31 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, limit: int) -> L
     return LlamaForCausalLM(config)
 
 
-def reading(example: Example) -> tuple[str, str]:
-    """(prompt, what is to be learned): the answers to the dialogue's questions, or its own text if it has none."""
+def reading(example: Example) -> list[tuple[str, bool]]:
+    """(text, learnt or only read) parts: the answers to the dialogue's questions, or all of it if there are none."""
     if not example.asks:
-        return "", example.dialogue
-    asks = "\n".join(f"{question} {answer}" for question, answer in example.asks)
-    return f"{example.dialogue}\n\nQuestions:", f" {asks}"
+        return [(example.dialogue, True)]
+    asks = [((f" {question}", False), (f" {answer}", True)) for question, answer in example.asks]
+    return [(f"{example.dialogue}\n\nQuestions:", False), *itertools.chain.from_iterable(asks)]
 
 
-def make(path: str, examples: Sequence[Example], size: Size, *, limit: int, seed: int, scratch: Path) -> list[float]:
+def make(
+    path: str, examples: Sequence[Example], size: Size, *, steps: int, limit: int, seed: int, scratch: Path
+) -> list[float]:
     """Save a pretrained model and its tokenizer at `path`, as `from_pretrained` wants them.   Returns the losses."""
     readings = [reading(example) for example in examples]
-    # the tokenizer alone may see summaries: their words need spellings
-    texts = [f"{prompt}{text}\n{e.summary}" for (prompt, text), e in zip(readings, examples, strict=True)]
+    # the tokenizer may see prompts and summaries, for their words need spellings; the model may not
+    texts = [text for example in examples for text in (example.prompt, f" {example.summary}")]
+    texts += [text for parts in readings for text, _ in parts]
     tokenizer = build_tokenizer(texts, size.vocab)
     model = build_model(tokenizer, size, limit)
     losses = train(
         model,
-        [row(tokenizer, prompt, text, limit) for prompt, text in readings],
+        [row(tokenizer, parts, limit) for parts in readings],
         pad=tokenizer.pad_token_id,
-        steps=size.steps,
-        batch=size.batch,
-        lr=3e-3,
+        steps=steps,
+        batch=8,
+        lr=2e-3,
         seed=seed,
         scratch=scratch,
     )

@@ -1,4 +1,4 @@
-"""Rows of (prompt, answer) and the Hugging Face Trainer over them: loss on the answer only, the losses returned."""
+"""Text to rows of tokens, with loss on some parts only, and the Hugging Face Trainer over them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ IGNORED = -100
 Row = dict[str, list[int]]
 
 
-def row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, limit: int) -> Row:
-    """Token ids and labels of one example; a prompt too long for `limit` tokens in all loses its beginning."""
-    tail = [*tokenizer(answer, add_special_tokens=False)["input_ids"][: limit - 1], tokenizer.eos_token_id]
-    head = tokenizer(prompt)["input_ids"] if prompt else []
-    head = head[max(0, len(head) + len(tail) - limit) :]
-    return {"input_ids": head + tail, "labels": [IGNORED] * len(head) + tail}
+def row(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]], limit: int) -> Row:
+    """Token ids and labels of (text, learnt or only read) parts, and an end; beyond `limit` the beginning is lost."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for index, (text, learnt) in enumerate(parts):
+        tokens = tokenizer(text, add_special_tokens=index == 0)["input_ids"]
+        ids += tokens
+        labels += tokens if learnt else [IGNORED] * len(tokens)
+    end = tokenizer.eos_token_id
+    return {"input_ids": [*ids, end][-limit:], "labels": [*labels, end][-limit:]}
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def lora_update(
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = _shrink(x, a, gone, p)
-    out = y.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return _add_low_rank_(out, *_with_bias(h, b, lora_bias), scale), h
+    out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
+    return _add_low_rank_(out, *_with_bias(h, b, lora_bias), scale).to(dtype), h
 
 
 def lora_backward(

@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    if INTERPRET != (request.param == "cpu"):
+    if (request.param == "cpu") != INTERPRET:
         pytest.skip(f"the kernels are {'interpreted' if INTERPRET else 'compiled'} in this run (TRITON_INTERPRET)")
     return request.param
 

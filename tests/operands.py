@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import fastlora_kernels as kernels
 import torch
-from fastlora_kernels import Tile
 from torch import Tensor
 
+import fastlora_kernels as kernels
 from fastlora import reference
+from fastlora_kernels import Tile
 
 GROUND = 512
 SCALE = 1.7
@@ -83,9 +83,9 @@ def layer(mix: str, R: int, device: str = "cpu", M: int = 45, K: int = 70, N: in
 
     return Layer(
         x=normal(M, K, dtype=main),
-        w=normal(N, K, dtype=main, std=K**-0.5),
+        w=normal(N, K, dtype=main, std=max(K, 1) ** -0.5),
         bias=normal(N, dtype=main),
-        a=normal(R, K, dtype=a, std=K**-0.5),
+        a=normal(R, K, dtype=a, std=max(K, 1) ** -0.5),
         b=normal(N, R, dtype=b, std=R**-0.5),
         lora_bias=normal(N, dtype=b),
         h=normal(M, R, dtype=fp32),

@@ -5,17 +5,17 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-import fastlora_kernels as kernels
 import pytest
 import torch
-from fastlora_kernels import Tile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operands import bf16, fp16, fp32, lay
 from tolerance import assert_same
 from torch import Tensor
 
+import fastlora_kernels as kernels
 from fastlora import reference
+from fastlora_kernels import Tile
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -77,7 +77,12 @@ def seen(kernel: str, x: Tensor, p: float, seed: Tensor, config: Tile) -> Tensor
     return kernels.dx(dy, w, rows, x, p=p, seed=seed, config=config)
 
 
-TILES = [Tile(16, 16, 16), Tile(32, 64, 32, BLOCK_R=64), Tile(64, 32, 128, BLOCK_R=128), Tile(128, 128, 64, BLOCK_R=128)]
+TILES = [
+    Tile(16, 16, 16),
+    Tile(32, 64, 32, BLOCK_R=64),
+    Tile(64, 32, 128, BLOCK_R=128),
+    Tile(128, 128, 64, BLOCK_R=128),
+]
 
 
 @pytest.mark.parametrize(("dtype", "config"), [*((fp32, tile) for tile in TILES), (fp16, TILES[1]), (bf16, TILES[1])])

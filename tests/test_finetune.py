@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import dialogues  # noqa: E402
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a quick run left its adapter and report."""
     out = tmp_path_factory.mktemp("finetune")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     command = [sys.executable, str(ROOT / "examples" / "finetune.py"), "--quick", "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -55,8 +57,7 @@ def test_losses_equal_pefts(report: dict[str, Any]) -> None:
 def test_every_layer_was_ours_and_keeps_less(report: dict[str, Any]) -> None:
     assert report["patch"]["patched"] == 14
     assert report["patch"]["skipped"] == {}
-    dropped = report["steps"][str(report["arguments"]["dropout"])]
-    assert dropped["fastlora"]["saved"] < dropped["peft"]["saved"]
+    assert report["steps"]["p = 0.05"]["MiB kept for backward"]["ratio"] < 1
 
 
 def test_plain_peft_writes_the_same(report: dict[str, Any]) -> None:
@@ -77,6 +78,12 @@ def test_dialogues_are_the_seeds_and_never_twice() -> None:
     first, second = (list(itertools.islice(dialogues.dialogues(seed=3), 500)) for _ in range(2))
     assert first == second
     assert len({example.summary for example in first}) == len({example.dialogue for example in first}) == 500
+
+
+def test_the_sample_of_the_docstring_is_what_is_made() -> None:
+    example = next(dialogues.dialogues(seed=57))
+    assert dialogues.__doc__ is not None
+    assert f"{example.dialogue}\n\n-> {example.summary}" in textwrap.dedent(dialogues.__doc__.split(" prints\n")[1])
 
 
 def test_every_ending_plays_and_its_facts_were_said() -> None:

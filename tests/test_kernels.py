@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import fastlora_kernels as kernels
 import plain
 import pytest
 import torch
-from fastlora_kernels import Tile
 from operands import (
     MAIN_MIXES,
     ODD_MIXES,
@@ -30,7 +28,9 @@ from operands import (
 )
 from tolerance import assert_close, assert_same, relative_error
 
+import fastlora_kernels as kernels
 from fastlora import reference
+from fastlora_kernels import Tile
 
 pytestmark = pytest.mark.usefixtures("poison")
 

@@ -3,7 +3,7 @@
 A result is accepted when its relative Frobenius error against float64 is at most 1.25× the error that plain torch
 (PEFT's formulation, same dtypes and precision setting, autocast off unless it is tested) makes on the same inputs.
 There is no absolute tolerance. Where plain torch happens to be exact, one rounding of the result's dtype is allowed:
-an error of ε/2 relative to each element, hence to the whole.
+uniform in half a unit of the last place, which is at most ε wide, so ε/√12 in the mean square.
 
 A result at the end of many layers amplifies roundings by chance, up or down: one ratio to plain torch's error then says
 little either way. So whole models are drawn several times: the geometric mean of the ratios of all their results is
@@ -40,10 +40,15 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual - exact).norm() / (norm if norm > 0 else 1.0))
 
 
+def one_rounding(dtype: torch.dtype) -> float:
+    """The relative Frobenius error of rounding a tensor once, at the most: ε/√12."""
+    return torch.finfo(dtype).eps / math.sqrt(12)
+
+
 def assert_close(actual: Tensor, plain: Tensor, exact: Tensor, what: str = "") -> None:
     """`actual` is at most FACTOR times as far from `exact` (float64) as `plain` is, or within one rounding."""
     error, baseline = relative_error(actual, exact), relative_error(plain, exact)
-    allowed = max(FACTOR * baseline, torch.finfo(actual.dtype).eps / 2)
+    allowed = max(FACTOR * baseline, one_rounding(actual.dtype))
     assert error <= allowed, f"{what}: error {error:.3e}, plain torch {baseline:.3e}, allowed {allowed:.3e}"
 
 
@@ -54,7 +59,7 @@ def assert_all_close(draws: list[tuple[Results, Results, Results]]) -> None:
         assert actual.keys() == plain.keys() == exact.keys(), sorted(actual.keys() ^ plain.keys())
         for what, value in actual.items():
             assert value.dtype == plain[what].dtype, f"{what}: dtype {value.dtype}, plain torch {plain[what].dtype}"
-            rounding = torch.finfo(value.dtype).eps / 2
+            rounding = one_rounding(value.dtype)
             error, baseline = (max(relative_error(t, exact[what]), rounding) for t in (value, plain[what]))
             allowed = FACTOR_OF_ONE_AMONG_MANY * baseline
             assert error <= allowed, f"{what}: error {error:.3e}, plain torch {baseline:.3e}"

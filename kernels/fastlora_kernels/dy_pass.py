@@ -85,7 +85,7 @@ def _dy_kernel(
 def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
     """(count, rows) of the row bands of a [M, width] operand; a function of shape only.
 
-    As many as make a band at most 32 MiB of bf16 and 2048 rows, so that it stays in L2, but no more than leave 40·R rows
+    As many as make a band at most 32 MiB of bf16 and 2048 rows, so that it stays in L2, yet leave 40·R rows
     to each: fp32 partials of rank R, one a band, are then at most 4·R / (2·40·R) = 5 % of the operand's bytes.
     """
     wanted = triton.cdiv(M, max(1, min(2048, 2**24 // width)))
@@ -113,7 +113,7 @@ def dy_pass(
     dh_out = dy.new_empty((M, R), dtype=torch.float32) if want_dh else None
     db_out = dy.new_empty((N, R), dtype=b.dtype) if want_db else None
     if M * N * R == 0:
-        return dh_out, db_out.zero_() if db_out is not None else None
+        return dh_out.zero_() if dh_out is not None else None, db_out.zero_() if db_out is not None else None
     t = config or tile("dy", arch(dy), dy.dtype, M, N, R)
     rank = block_r(R)
     grid_r = triton.cdiv(R, rank)

@@ -187,7 +187,8 @@ def expand(
 ) -> Tensor:
     """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias in one GEMM, rounded once  (the *fused* strategy).
 
-    x: [M, K], w: [N, K], bf16/fp16/fp32 of one dtype, any strides.   bias, lora_bias: [N].   h: [M, R] fp32.   b: [N, R].
+    x: [M, K], w: [N, K], bf16/fp16/fp32 of one dtype, any strides.   bias, lora_bias: [N].   h: [M, R] fp32.
+    b: [N, R].
     Returns y: [M, N] in x's dtype.
     """
     y = x.new_empty((x.shape[0], w.shape[0]))

@@ -13,7 +13,6 @@ from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import strategy
 from fastlora_kernels.x_pass import x_pass
 
-
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
 

@@ -76,14 +76,14 @@ def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None, 
     config: a forced tile.   Returns h: [M, R] fp32.   (Hu et al. 2021, §4.1)
     """
     (M, K), R = x.shape, a.shape[0]
+    if M * K * R == 0:
+        return x.new_empty((M, R), dtype=torch.float32).zero_()
     dropped = p > 0 and seed is not None
     t = config or tile("shrink", arch(x), x.dtype, M, K, R)
     rank = block_r(R)
     grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, rank)
     parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
     h = x.new_empty((parts, M, R), dtype=torch.float32)
-    if h.numel() == 0:
-        return h.new_empty((M, R))
     with on_device(x):
         _shrink_kernel[(grid_m, grid_r, parts)](
             x, a, seed if dropped else x, h, M, K, R, k_chunk, *x.stride(), *a.stride(),

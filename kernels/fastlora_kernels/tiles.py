@@ -53,7 +53,8 @@ def shrink_tile(
     for k in tl.range(k_start, k_end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x = tl.load(x_rows + offs_k[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        x_tile = x_rows + tl.cast(k, tl.int64) * stride_xk + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+        x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if DROPOUT:
             x = tl.where(keep(seed, offs_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
         f = tl.load(

@@ -1,0 +1,130 @@
+"""The compile audit's table: complete, current, within every gate, and what the compiler says today.
+
+The tests run beside interpreted kernels, so what compiles does so in a process of its own, without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from benchmarks import audit
+from benchmarks.audit_cases import ARCHS, AXES, Case, cases
+from fastlora_kernels.tables import Tile, table
+
+ROOT = Path(__file__).parents[1]
+WRITE = "python -m benchmarks.audit --write"
+
+pytestmark = pytest.mark.skipif(
+    triton.__version__ not in ("3.6.0", "3.7.1"), reason=f"no audit of triton {triton.__version__}: {WRITE} makes one"
+)
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[tuple[str, ...], audit.Row]:
+    return audit.read()[1]
+
+
+def test_audit_is_current() -> None:
+    assert audit.read()[0] == audit.stamp(), f"the kernels or their tiles changed since the audit: run {WRITE}"
+
+
+def test_every_case_has_a_row(rows: dict[tuple[str, ...], audit.Row]) -> None:
+    assert list(rows) == [case.key for case in cases()], f"cases were added or removed: run {WRITE}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("kernel", [kernel for kernel in AXES if kernel != "reduce"])
+def test_at_least_four_tiles_a_kernel(arch: str, kernel: str) -> None:
+    listed = table(arch)["tiles"][kernel]
+    assert all(row["source"] in ("predicted", "measured") for row in listed)
+    reached = {case.tile for case in cases((arch,), (kernel,))}
+    assert reached == {Tile(**row["tile"]) for row in listed}, "a row that no typical launch reaches"
+    assert len(reached) >= 4
+
+
+def test_every_gate_holds(rows: dict[tuple[str, ...], audit.Row]) -> None:
+    assert {key: row.verdict for key, row in rows.items() if row.verdict != "pass"} == {}
+
+
+def test_verdicts_follow_from_the_numbers(rows: dict[tuple[str, ...], audit.Row]) -> None:
+    for case in cases():
+        assert audit.failures(case, rows[case.key]) == []
+
+
+def sample() -> list[Case]:
+    """bf16 with PEFT's fp32 adapters, at the tile of many rows: every kernel on sm_90, the GEMMs elsewhere."""
+    wanted = [("sm_90", kernel) for kernel in AXES]
+    wanted += [(arch, kernel) for arch in ("sm_80", "sm_100") for kernel in ("expand", "dx")]
+    wanted += [("sm_89", "dx"), ("gfx942", "expand")]
+    chosen = []
+    for arch, kernel in wanted:
+        of = [c for c in cases((arch,), (kernel,)) if (c.main, c.adapter) == ("bf16", "fp32") or kernel == "reduce"]
+        many = [case for case in of if case.rows == max(c.rows for c in of)]
+        chosen.append(next((case for case in many if "dropout" in case.flags), many[-1]))
+    return chosen
+
+
+def compiled(wanted: list[Case]) -> list[audit.Row]:
+    """Compile the cases in a process of its own."""
+    program = (
+        "import json, sys\n"
+        "from benchmarks.audit import compiled\n"
+        "from benchmarks.audit_cases import Case\n"
+        "from fastlora_kernels import Tile\n"
+        "from dataclasses import asdict\n"
+        "wanted = [Case(**{**c, 'tile': Tile(**c['tile'])}) for c in json.load(sys.stdin)]\n"
+        "print(json.dumps([asdict(compiled(case)) for case in wanted]))\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps([dataclasses.asdict(case) for case in wanted]),
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    return [audit.Row(**row) for row in json.loads(done.stdout)]
+
+
+def test_compiling_again_gives_the_table(rows: dict[tuple[str, ...], audit.Row]) -> None:
+    wanted = sample()
+    for case, row in zip(wanted, compiled(wanted), strict=True):
+        assert row == rows[case.key], case.key
+
+
+def test_gates_catch_an_oversized_tile() -> None:
+    """256×256 in 8 warps is 256 accumulators a thread, and four stages of it 256 KiB; on sm_100, 512 columns twice."""
+    gemms = [case for case in sample() if case.kernel == "dx" and case.arch in audit.GATED]
+    huge = [dataclasses.replace(case, tile=Tile(256, 256, 64, num_warps=8, num_stages=4)) for case in gemms]
+    verdicts = [row.verdict for row in compiled(huge)]
+    assert len(verdicts) == 3 and all("FAIL" in verdict for verdict in verdicts)
+
+
+def test_gates_catch_each_fault() -> None:
+    """One sound row, spoilt one number at a time."""
+    case = next(case for case in sample() if (case.arch, case.kernel) == ("sm_90", "dx"))
+    sound = audit.Row(200, 0, 150_000, 0, 8, "wgmma", 0)
+    assert audit.failures(case, sound) == []
+    for spoilt in ({"spills": 4}, {"shared": 228 * 1024}, {"tmem": 513}, {"instruction": "mma.sync"}):
+        assert len(audit.failures(case, dataclasses.replace(sound, **spoilt))) == 1  # type: ignore[arg-type]
+    thin = dataclasses.replace(case, kernel="x")
+    assert audit.failures(thin, dataclasses.replace(sound, narrow=1)) != []
+
+
+def test_compiling_refuses_the_interpreter() -> None:
+    from fastlora_kernels import INTERPRET
+
+    if not INTERPRET:
+        pytest.skip("the kernels are compiled in this run")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        audit.compiled(sample()[0])
