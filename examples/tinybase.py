@@ -85,7 +85,7 @@ def make(
         pad=tokenizer.pad_token_id,
         steps=steps,
         batch=8,
-        lr=2e-3,
+        lr=1.5e-3,
         seed=seed,
         scratch=scratch,
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_PLAIN = {Tensor, nn.Parameter}
+_FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 
 
 def _tensors(**named: Tensor | None) -> None:
@@ -46,10 +49,29 @@ def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone."""
-    device = x.device.type
+    device = "cpu" if x.is_cpu else x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _fit(like: Tensor, K: int, N: int, a: Tensor, b: Tensor, scaling: float | Tensor, dropout_p: float) -> bool:
+    """Whether plain two-dimensional factors a: [R, K], b: [N, R] and numbers go with `like`: the usual case in 1 µs."""
+    if type(a) not in _PLAIN or type(b) not in _PLAIN or type(scaling) is not float or a.dim() != 2 or b.dim() != 2:
+        return False
+    device, R = like.device, a.shape[0]
+    return (
+        R > 0
+        and a.shape[1] == K
+        and b.shape == (N, R)
+        and a.dtype in _FLOATS
+        and b.dtype in _FLOATS
+        and device == a.device
+        and device == b.device
+        and -math.inf < scaling < math.inf
+        and type(dropout_p) is float
+        and 0 <= dropout_p < 1
+    )
 
 
 def _adapter(K: int, N: int, lora_A: Tensor, lora_B: Tensor, lora_bias: Tensor | None) -> None:
@@ -79,6 +101,11 @@ def check_linear(
 
     Returns the dtype that autocast wants x and weight in, None when it is off.
     """
+    if type(x) in _PLAIN and type(weight) in _PLAIN and weight.dim() == 2 and x.dim() and bias is lora_bias is None:
+        N, K = weight.shape
+        same = x.dtype is weight.dtype and x.dtype in _FLOATS and x.device == weight.device
+        if same and x.shape[-1] == K and _fit(x, K, N, lora_A, lora_B, scaling, dropout_p):
+            return _autocast_dtype(x)
     check_numbers(scaling, dropout_p)
     _tensors(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
     if x.dim() == 0:

@@ -16,9 +16,17 @@ from torch.nn.functional import linear
 from fastlora import reference
 from fastlora.reference import dropout_scale
 
-FEW_ROWS = 64
-"""Below, calls cost more than arithmetic: fp32 products rounded once instead of split ones, autograd's own nodes."""
+FEW_INPUTS = 2**16
+"""M·K up to which calls cost more than arithmetic: `few_rows` instead of our rule, where autograd saves no more."""
 
+FEW_PRODUCTS = 2**15
+"""R·K up to which few rows of bf16 or fp16 multiply faster in fp32: a 16-bit product costs 17 µs however small."""
+
+FEW_DRAWS = 1024
+"""Up to here one `geometric_` call draws the gaps faster than five vectorised ones."""
+
+MANY_OUTPUTS = 2**19
+"""M·N from which a bf16 product of split factors, in place, beats an fp32 product rounded once (up to rank 32)."""
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
@@ -37,19 +45,34 @@ def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     expected = size * p
     draws = int(expected + 6 * math.sqrt(expected * (1 - p)) + 16)  # six sigma: one pass is enough
     runs, end = [], -1
-    while end < size:  # u in [0, 1) has 24 bits, so log1p(-u) is finite
-        gaps = torch.rand(draws, generator=generator).neg_().log1p_().mul_(1 / math.log1p(-p))
-        runs.append(gaps.to(torch.int64).add_(1).cumsum_(0).add_(end))
+    while end < size:
+        runs.append(_gaps(draws, p, generator).cumsum_(0).add_(end))
         end = int(runs[-1][-1])
     positions = runs[0] if len(runs) == 1 else torch.cat(runs)
     return positions[: int(torch.searchsorted(positions, size))]
+
+
+def _gaps(draws: int, p: float, generator: torch.Generator) -> Tensor:
+    """How far each dropped element lies from the one before it: geometric, from 1."""
+    if draws <= FEW_DRAWS:
+        return torch.empty(draws, dtype=torch.int64).geometric_(p, generator=generator)
+    gaps = torch.rand(draws, generator=generator).neg_().log1p_()  # u in [0, 1) has 24 bits: log1p(-u) is finite
+    return gaps.mul_(1 / math.log1p(-p)).to(torch.int64).add_(1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _dropped(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _thin(x: Tensor, f: Tensor) -> torch.dtype:
+    """What a product with the adapter's factor f runs in: 16-bit operands of one dtype as they are, as plain torch
+    does, unless a handful; all else in fp32."""
+    if x.dtype != f.dtype or (f.numel() <= FEW_PRODUCTS and x.shape[0] <= 8):
+        return _wide(x)
+    return x.dtype
+
+
+def _drop(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x in dtype with the elements `gone` selected away, not yet divided by 1−p."""
     if gone is None:
         return x.to(dtype)
@@ -57,36 +80,43 @@ def _dropped(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _shrink(x: Tensor, a: Tensor, gone: Tensor | None, p: float) -> Tensor:
-    """h = drop(x)·aᵀ in fp32; 16-bit x and a of one dtype multiply as they are, as plain torch does."""
-    thin = x.dtype if x.dtype == a.dtype else _wide(x)
-    h = torch.mm(_dropped(x, gone, thin), a.to(thin).t()).to(_wide(x))
+    """h = drop(x)·aᵀ in fp32."""
+    thin = _thin(x, a)
+    h = torch.mm(_drop(x, gone, thin), a.to(thin).t()).to(_wide(x))
     return h if gone is None else h.mul_(dropout_scale(p))
 
 
 def _split(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 factors whose product is f·gᵀ to 16 bits: [hi hi lo]·[hi lo hi]ᵀ."""
+    """bf16 factors whose product is f·g to 16 bits: [hi hi lo]·[hi lo hi]."""
     f_hi, g_hi = f.bfloat16(), g.bfloat16()
     f_lo, g_lo = (f - f_hi).bfloat16(), (g - g_hi).bfloat16()
-    return torch.cat((f_hi, f_hi, f_lo), 1), torch.cat((g_hi, g_lo, g_hi), 1)
+    return torch.cat((f_hi, f_hi, f_lo), 1), torch.cat((g_hi, g_lo, g_hi), 0)
 
 
 def _add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
-    """y += scale·f·gᵀ in place, rounded once.   y: [M, N].   f: [M, R] fp32.   g: [N, R]."""
+    """y += scale·f·g in place, rounded once.   y: [M, N].   f: [M, R] fp32, or thin.   g: [R, N]."""
     if y.dtype == f.dtype:
-        return y.addmm_(f, g.to(y.dtype).t(), alpha=scale)
-    if y.dtype == g.dtype:
-        return y.addmm_((f * scale).to(y.dtype), g.t())
-    if y.dtype == torch.bfloat16 and y.shape[0] >= FEW_ROWS:
-        left, right = _split(f * scale, g.to(f.dtype))
-        return y.addmm_(left, right.t())
-    return y.copy_(torch.addmm(y.to(f.dtype), f, g.to(f.dtype).t(), alpha=scale))
+        return y.addmm_(f, g.to(y.dtype), alpha=scale)
+    if _thin(y, g) == y.dtype:
+        return y.addmm_(f.to(y.dtype), g, alpha=scale)
+    if y.dtype == torch.bfloat16 and y.numel() >= MANY_OUTPUTS and g.shape[0] <= 32:
+        return y.addmm_(*_split(f * scale, g))
+    wide = _wide(y)
+    return y.copy_(torch.addmm(y.to(wide), f.to(wide), g.to(wide), alpha=scale))
 
 
 def _with_bias(h: Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lora_bias as one more rank row: [h 1]·[b lora_bias]ᵀ."""
+    """[h 1] and [b lora_bias]ᵀ: lora_bias as one more rank row."""
     if lora_bias is None:
-        return h, b
-    return torch.cat((h, h.new_ones(h.shape[0], 1)), 1), torch.cat((b, lora_bias[:, None].to(b.dtype)), 1)
+        return h, b.t()
+    return torch.cat((h, h.new_ones(h.shape[0], 1)), 1), torch.cat((b.t(), lora_bias[None, :].to(b.dtype)), 0)
+
+
+def few_rows(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float
+) -> Tensor:
+    """The layer without dropout on x: [..., K] of few rows, all of one dtype, by autograd's own nodes."""
+    return linear(x, w, bias).add_(linear(linear(x, a), b, lora_bias), alpha=scale)
 
 
 def lora_linear(
@@ -143,25 +173,26 @@ def lora_backward(
 
     x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
     """
-    wide = _wide(dy)
-    thin = dy.dtype if dy.dtype == b.dtype else wide
-    dy_thin = dy.to(thin)
+    thin = _thin(dy, b)
+    dy_thin, b_thin = dy.to(thin), b.to(thin)
     dx = da = db = None
     if want_db and h is not None:
-        db = torch.mm(dy_thin.t(), h.mul(scale).to(thin)).to(b.dtype)
+        db = torch.addmm(b_thin, dy_thin.t(), h.to(thin), beta=0, alpha=scale).to(b.dtype)  # β = 0: b unread
     if not (want_dx or want_da):
         return dx, da, db
     M, K = dy.shape[0], a.shape[1]
-    gone = holes(seed, M, K, p) if seed is not None else None
-    dh = torch.mm(dy_thin, b.to(thin)).to(wide).mul_(scale if gone is None else scale * dropout_scale(p))
+    gone = None
+    if seed is not None:
+        gone, scale = holes(seed, M, K, p), scale * dropout_scale(p)
+    unscaled = torch.mm(dy_thin, b_thin)  # dh without its scale, which the next products bring
     if want_da and x is not None:
-        thin = x.dtype if x.dtype == a.dtype else wide
-        da = torch.mm(dh.to(thin).t(), _dropped(x, gone, thin)).to(a.dtype)
+        thin = _thin(x, a)
+        da = torch.addmm(a.to(thin), unscaled.to(thin).t(), _drop(x, gone, thin), beta=0, alpha=scale).to(a.dtype)
     if want_dx:
         dx = torch.mm(dy, w) if w is not None else dy.new_zeros((M, K))
         flat = dx.view(-1)
         base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
-        _add_low_rank_(dx, dh, a.t(), 1.0)
+        _add_low_rank_(dx, unscaled, a, scale)
         if base is not None:
             flat[gone] = base
     return dx, da, db

@@ -21,14 +21,16 @@ def draw_seed(x: Tensor) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
 
-def _face(name: str, x: Tensor, backend: str) -> Any:
-    """The op `name`: torch.ops.fastlora's, or for plain CPU tensors its Python body, 10 µs nearer.
+def _opaque(x: Tensor, backend: str) -> bool:
+    """Whether a call must go through torch.ops.fastlora; for plain CPU tensors its Python body is 10 µs nearer.
 
     Whoever must see an op gets one: a dispatch mode, or autograd when a second derivative is asked for.
     """
-    plain = backend == "torch" and x.device.type == "cpu"
-    opaque = not plain or is_in_torch_dispatch_mode() or torch.is_grad_enabled()
-    return getattr(torch.ops.fastlora if opaque else ops, name)
+    return backend != "torch" or not x.is_cpu or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+
+
+def _face(name: str, x: Tensor, backend: str) -> Any:
+    return getattr(torch.ops.fastlora if _opaque(x, backend) else ops, name)
 
 
 def _save(ctx: Any, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, h: Tensor, seed: Tensor | None) -> None:
@@ -52,9 +54,10 @@ def _low_rank_grads(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tenso
     need_x, _, need_a, need_b = ctx.needs
     if not (need_x or need_a or need_b):
         return None, None, None
-    x, w, a, b, h, seed = saved
-    backward = _face("lora_backward", dy, ctx.backend)
-    grads = iter(backward(dy, x, w, a, b, h, seed, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend))
+    inputs = (dy, *saved, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend)
+    if not _opaque(dy, ctx.backend):
+        return ops.gradients(*inputs)
+    grads = iter(torch.ops.fastlora.lora_backward(*inputs))
     return tuple(next(grads) if need else None for need in (need_x, need_a, need_b))
 
 
@@ -148,6 +151,21 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> None:
     )
 
 
+class _Once(torch.autograd.Function):
+    """dy as it is, behind a node that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, anchor: Tensor) -> Tensor:
+        return dy.view_as(dy)
+
+    backward = staticmethod(_no_second_derivative)
+
+
+def _once(dy: Tensor) -> Tensor | None:
+    """A hook before the backward of `few_rows`: like every other path, it has no second derivative."""
+    return _Once.apply(dy, dy.new_zeros((), requires_grad=True)) if torch.is_grad_enabled() else None
+
+
 _standalone("fastlora::lora_linear", _linear_setup, _linear_backward)
 _standalone("fastlora::lora_update", _update_setup, _update_backward)
 torch.library.register_autograd("fastlora::lora_backward", _no_second_derivative)
@@ -158,8 +176,6 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any) -> Tensor
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastlora, name)(*inputs)[0]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        if rule is _LoRALinear and ops.differentiates_itself(*inputs):
-            return ops.lora_linear(*inputs)[0]
         return rule.apply(*inputs)
     return _face(name, inputs[0], inputs[-1])(*inputs)[0]
 
@@ -202,6 +218,13 @@ def lora_linear(
     seed = draw_seed(x) if p > 0 else None
     scale, lora_B, lora_bias = _fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_of(x, backend)
+    seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if where == "torch" and seed is None and autocast is None and not seen:
+        y = ops.few_rows(x, weight, bias, lora_A, lora_B, lora_bias, scale)
+        if y is not None:
+            if y.requires_grad:
+                y.register_hook(_once)
+            return y
     return _run(
         "lora_linear", _LoRALinear,
         x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p, where,

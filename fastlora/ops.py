@@ -49,14 +49,23 @@ def triton_unavailable(x: Tensor) -> str | None:
     return f"there is no Triton driver for device type {x.device.type!r}"
 
 
-def differentiates_itself(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, *rest: Any) -> bool:
-    """Whether autograd through the torch backend's own operators saves no more than our rule, and costs less.
+def few_rows(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float
+) -> Tensor | None:
+    """y of the torch backend without dropout, where PyTorch's own nodes save no more than our rule and cost less.
 
-    So it is for few rows of one dtype on a CPU, without dropout: three C++ nodes instead of a Python one (30 µs).
+    So it is for few rows of one dtype on a CPU; None for all else.
     """
-    seed, backend = rest[1], rest[-1]
-    few = x.numel() < eager.FEW_ROWS * x.shape[-1] and x.device.type == "cpu"
-    return few and backend == "torch" and seed is None and x.dtype == a.dtype == b.dtype
+    dtype = x.dtype
+    if (
+        not x.is_cpu
+        or x.numel() > eager.FEW_INPUTS
+        or not (dtype is a.dtype is b.dtype)
+        or (bias is not None and dtype is not bias.dtype)
+        or (lora_bias is not None and dtype is not lora_bias.dtype)
+    ):
+        return None
+    return eager.few_rows(x, w, bias, a, b, lora_bias, scale)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -64,10 +73,13 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def _plain(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off: the operands already have the dtypes they are to be multiplied in."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+    device = "cpu" if x.is_cpu else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 @torch.library.impl(_lib, "lora_linear", "CompositeExplicitAutograd")
@@ -152,8 +164,7 @@ def _(
     return y.new_empty(y.shape, dtype=dtype), _fake_h(x, a)
 
 
-@torch.library.impl(_lib, "lora_backward", "CompositeExplicitAutograd")
-def lora_backward(
+def gradients(
     dy: Tensor,
     x: Tensor | None,
     w: Tensor | None,
@@ -167,8 +178,8 @@ def lora_backward(
     want_da: bool,
     want_db: bool,
     backend: str,
-) -> list[Tensor]:
-    """The wanted ones of [dx, da, db], in that order; without w, dx is the low-rank term's alone.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, da, db, each None unless wanted; without w, dx is the low-rank term's alone.
 
     dy: [..., N], any strides.   x: [..., K], needed for da.   h: [M, R] fp32 as forward returned it, needed for db.
     w, a, b, seed, scale, p: as in forward.   Returns dx: [..., K] in dy's dtype, da: [R, K] in a's, db: [N, R] in b's.
@@ -176,11 +187,20 @@ def lora_backward(
     rows, grads = _rows(x) if x is not None else None, _rows(dy)
     with _plain(dy):
         if backend == "torch":
-            out = eager.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
+            dx, da, db = eager.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         else:
-            out = kernels.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db, backend)
-    dx = out[0].view(*dy.shape[:-1], a.shape[1]) if out[0] is not None else None
-    return [grad for grad in (dx, out[1], out[2]) if grad is not None]
+            dx, da, db = kernels.lora_backward(
+                grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db, backend
+            )
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], a.shape[1])
+    return dx, da, db
+
+
+@torch.library.impl(_lib, "lora_backward", "CompositeExplicitAutograd")
+def lora_backward(*inputs: Any) -> list[Tensor]:
+    """The wanted ones of `gradients`, in order: an op's list has no place for None."""
+    return [grad for grad in gradients(*inputs) if grad is not None]
 
 
 @torch.library.register_fake("fastlora::lora_backward", lib=_lib)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from torch import Tensor
+from poison import poisoned
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are first imported
@@ -18,9 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastlora")
-
-GUARD = 4096
-"""Elements on either side of a poisoned tensor that nobody may write."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +38,6 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever a launcher allocates starts as NaN, between two guards that must still be NaN when the test ends."""
-    plain = torch.Tensor.new_empty
-    grounds: list[Tensor] = []
-
-    def poisoned(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        shaped = plain(self, *args, **kwargs)  # type: ignore[arg-type]
-        if not shaped.is_floating_point():
-            return shaped
-        ground = plain(shaped, shaped.numel() + 2 * GUARD).fill_(float("nan"))
-        grounds.append(ground)
-        return ground[GUARD : GUARD + shaped.numel()].view(shaped.shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    yield
-    for ground in grounds:
-        assert ground[:GUARD].isnan().all() and ground[-GUARD:].isnan().all(), "written outside the output"
+def poison() -> Iterator[None]:
+    with poisoned():
+        yield

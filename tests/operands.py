@@ -110,18 +110,26 @@ def double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def launch(t: Layer, config: Tile, p: float = 0.0) -> dict[str, Tensor]:
-    """Each launcher once."""
-    seed = a_seed(t.x.device.type)
+def launch_thin(t: Layer, config: Tile, p: float = 0.0) -> dict[str, Tensor]:
+    """The launchers whose sums may be split: shrink, the dy pass and the x pass."""
     dh, db = kernels.dy_pass(t.dy, t.h, t.b, SCALE, config=config)
     assert dh is not None and db is not None
+    seed = a_seed(t.x.device.type)
     return {
         "shrink": kernels.shrink(t.x, t.a, p=p, seed=seed, config=config),
-        "expand": kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config),
-        "add_expand": kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, config=config),
         "dh": dh,
         "db": db,
         "da": kernels.x_pass(t.x, t.dh, t.a.dtype, p=p, seed=seed, config=config),
+    }
+
+
+def launch(t: Layer, config: Tile, p: float = 0.0) -> dict[str, Tensor]:
+    """Each launcher once."""
+    seed = a_seed(t.x.device.type)
+    return {
+        **launch_thin(t, config, p),
+        "expand": kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config),
+        "add_expand": kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, config=config),
         "dx": kernels.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed, config=config),
         "add_dx": kernels.add_dx(None, t.dh, t.a, t.x.dtype, p=p, seed=seed, config=config),
     }

@@ -168,10 +168,10 @@ def test_needs_input_grad_is_obeyed(backend: str) -> None:
             return func(*args, **(kwargs or {}))  # type: ignore[operator]
 
     for wanted in ({"x"}, {"lora_A"}, {"lora_B"}, {"lora_A", "lora_B"}, {"weight"}, {"lora_bias"}):
-        t = {name: v.detach().requires_grad_(name in wanted) for name, v in make(torch.float32, torch.float32).items()}
-        full = make(torch.float32, torch.float32)
+        t = {name: v.detach().requires_grad_(name in wanted) for name, v in make(torch.bfloat16, torch.float32).items()}
+        full = make(torch.bfloat16, torch.float32)
         full = {name: t[name].detach().requires_grad_() for name in full}
-        dy = torch.randn(3, 29, 55)
+        dy = torch.randn(3, 29, 55).bfloat16()
         want = outputs(lambda u: ours(u, 0.0, backend), full, dy)
         asked.clear()
         with Watch():

@@ -1,0 +1,127 @@
+"""How work is cut and which tile it gets: functions of shape alone, and what DESIGN asks of them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlora_kernels as kernels
+from fastlora_kernels.dot import pieces
+from fastlora_kernels.dy_pass import bands
+from fastlora_kernels.shrink import block_r, chunks
+
+sizes = st.integers(0, 22).flatmap(lambda bits: st.integers(2**bits // 2 + 1, 2**bits))  # as many small as large
+blocks = st.sampled_from([16, 32, 64, 128])
+ranks = st.integers(1, 512)
+many = settings(max_examples=500)
+fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def assert_tiles_the_axis(axis: int, count: int, size: int, block: int) -> None:
+    """`count` pieces of `size` cover the axis, none is empty, and each begins at a multiple of the block."""
+    assert count >= 1 and size % block == 0
+    assert (count - 1) * size < axis <= count * size
+
+
+@many
+@given(long=sizes, programs=st.integers(0, 10**6), block=blocks, least=st.sampled_from([512, 1280, 20480]))
+def test_chunks(long: int, programs: int, block: int, least: int) -> None:
+    count, size = chunks(long, programs, block, least)
+    assert_tiles_the_axis(long, count, size, block)
+    assert count == 1 or (count * programs <= 256 and size >= least)
+
+
+@many
+@given(M=sizes, width=sizes, R=ranks, block=blocks)
+def test_bands(M: int, width: int, R: int, block: int) -> None:
+    count, rows = bands(M, width, R, block)
+    assert_tiles_the_axis(M, count, rows, block)
+    assert count == 1 or count * 40 * R <= M
+    assert rows <= max(80 * R, min(2048, max(1, 2**24 // width))) + block  # 32 MiB of bf16, where the rank lets it
+
+
+@many
+@given(M=sizes, N=sizes, R=st.integers(1, 64), block_m=blocks, block_k=blocks)
+def test_partials_of_the_dy_pass_stay_under_a_tenth_of_dy(M: int, N: int, R: int, block_m: int, block_k: int) -> None:
+    n_bands, rows = bands(M, N, R, block_m)
+    programs = n_bands * (rows // block_m) * -(-R // block_r(R))
+    n_parts, _ = chunks(N, programs, block_k, max(512, 40 * R))
+    partials = 4 * R * ((M * n_parts if n_parts > 1 else 0) + (N * n_bands if n_bands > 1 else 0))
+    assert partials <= 0.1 * 2 * M * N
+
+
+@given(ranks)
+def test_rank_blocks(R: int) -> None:
+    block = block_r(R)
+    assert block in (16, 32, 64, 128)
+    assert (block >= R or block == 128) and (block < 2 * R or block == 16)
+
+
+@pytest.mark.parametrize(
+    ("main", "factor", "out", "counts"),
+    [
+        (bf16, bf16, bf16, (0, 0, 0)),  # equal 16-bit operands: native
+        (fp16, fp16, fp32, (0, 0, 0)),
+        (bf16, fp32, bf16, (2, 2, 2)),  # a 16-bit result hears nothing of the third
+        (fp32, fp32, fp16, (2, 2, 2)),
+        (bf16, fp32, fp32, (3, 2, 1)),
+        (fp32, fp32, fp32, (3, 2, 1)),
+        (fp32, bf16, fp32, (3, 2, 1)),
+    ],
+)
+def test_pieces(main: torch.dtype, factor: torch.dtype, out: torch.dtype, counts: tuple[int, int, int]) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, count in zip(("highest", "high", "medium"), counts, strict=True):
+            torch.set_float32_matmul_precision(precision)
+            assert pieces(main, (factor,), out) == count
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+TABLES = sorted(Path(inspect.getfile(kernels)).with_name("tables").glob("*.json"))
+BOUNDS = {"max_M", "max_N", "max_K", "max_R", "dtype"}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_tables_answer_every_shape(path: Path) -> None:
+    """Each row says where it comes from, the last of each list has no bounds, and a tile is a valid launch."""
+    table = json.loads(path.read_text())
+    assert set(table["tiles"]) == {"shrink", "expand", "add", "dy", "x", "dx"}
+    for rows in (*table["tiles"].values(), table["strategy"]):
+        assert all("source" in row for row in rows)
+        assert not BOUNDS & set(rows[-1])
+    for rows in table["tiles"].values():
+        for row in rows:
+            tile = kernels.Tile(**row["tile"])
+            assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K))
+    assert {row["strategy"] for row in table["strategy"]} <= {"fused", "split"}
+
+
+@given(
+    kernel=st.sampled_from(["shrink", "expand", "add", "dy", "x", "dx"]),
+    dtype=st.sampled_from([fp32, fp16, bf16]),
+    arch=st.sampled_from([*(path.stem for path in TABLES), "sm_999", "gfx000"]),
+    M=sizes,
+    N=sizes,
+    R=ranks,
+)
+def test_every_shape_on_every_architecture_has_a_tile(
+    kernel: str, dtype: torch.dtype, arch: str, M: int, N: int, R: int
+) -> None:
+    tile = kernels.tile(kernel, arch, dtype, M, N, R)
+    assert tile == kernels.tile(kernel, arch, dtype, M, N, R)
+    how, why = kernels.strategy(arch, dtype, M, N, N, R)
+    assert how in ("fused", "split")
+    assert why.startswith(f"table {arch if arch in {path.stem for path in TABLES} else 'default'}, ")
+
+
+@given(M=sizes, N=sizes, R=ranks)
+def test_an_unknown_gpu_gets_the_defaults(M: int, N: int, R: int) -> None:
+    assert kernels.tile("expand", "sm_999", bf16, M, N, R) == kernels.tile("expand", "default", bf16, M, N, R)
