@@ -175,6 +175,12 @@ def custom_dropout(layer: Any) -> Callable[[], Any]:
     return lambda: layer.lora_dropout.update({"default": old})
 
 
+def drop_everything(layer: Any) -> Callable[[], Any]:
+    old = layer.lora_dropout["default"]
+    layer.lora_dropout["default"] = nn.Dropout(1.0)
+    return lambda: layer.lora_dropout.update({"default": old})
+
+
 STATES = {
     hook_base: "base_layer has hooks",
     hook_before_a: "adapter 'default' has hooks",
@@ -187,6 +193,7 @@ STATES = {
     parametrise: "ParametrizedLinear",
     custom_a: "made of Thin, Linear, Identity",
     custom_dropout: "made of Linear, Linear, AlphaDropout",
+    drop_everything: "drops everything (p = 1.0)",
 }
 
 
