@@ -196,3 +196,40 @@ def lora_backward(
         if base is not None:
             flat[gone] = base
     return dx, da, db
+
+
+def multi_update_(
+    ys: list[Tensor],
+    x: Tensor,
+    requests: int,
+    rows: Tensor | None,
+    a: Tensor,
+    bs: list[Tensor],
+    biases: list[Tensor | None],
+) -> None:
+    """y += x·aᵀ·b + bias in place, each request with its own factors, for layers that share x; no loop over adapters.
+
+    ys: [..., N] each, x: [..., K], as many rows for each of `requests`.   rows: the requests that have an adapter, None
+    for all.   a: [B, members·width, K], bs: [B, width, N], scaled, biases: [B, 1, N], in the order of those requests;
+    B = 1 where they share one adapter.
+    """
+    grouped = x.reshape(requests, -1, x.shape[-1])
+    mine = grouped if rows is None else grouped[rows]
+    tokens = mine.reshape(len(a), -1, x.shape[-1])  # one adapter for all makes one long row
+    thin = torch.promote_types(x.dtype, a.dtype)
+    h = torch.bmm(tokens.to(thin), a.to(thin).transpose(1, 2))
+    width = a.shape[1] // len(ys)
+    for member, (y, b, bias) in enumerate(zip(ys, bs, biases, strict=True)):
+        base = y.view(requests, -1, y.shape[-1])
+        target = base if rows is None else base[rows]
+        flat = target.view(len(a), -1, y.shape[-1])
+        part = h[..., member * width : (member + 1) * width]
+        if flat.dtype == b.dtype == part.dtype:
+            flat.baddbmm_(part, b)
+            if bias is not None:
+                flat.add_(bias)
+        else:
+            sums = torch.baddbmm(flat.to(b.dtype), part.to(b.dtype), b)
+            flat.copy_(sums if bias is None else sums.add_(bias))
+        if rows is not None:
+            base.index_copy_(0, rows, target)

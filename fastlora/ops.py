@@ -34,6 +34,10 @@ _lib.define(
     "lora_backward(Tensor dy, Tensor? x, Tensor? w, Tensor a, Tensor b, Tensor? h, Tensor? seed, float scale, float p, "
     "bool want_dx, bool want_da, bool want_db, str backend) -> Tensor[]"
 )
+_lib.define(
+    "multi_update_(Tensor(a!)[] ys, Tensor x, Tensor a_pool, Tensor[] b_pools, Tensor start, Tensor rank, "
+    "Tensor scaling, Tensor biased, Tensor order, Tensor tiles, Tensor counts, int width) -> ()"
+)
 
 
 def triton_unavailable(x: Tensor) -> str | None:
@@ -230,3 +234,47 @@ def _fake_h(x: Tensor, a: Tensor) -> Tensor:
     for size in x.shape[:-1]:
         rows = rows * size
     return x.new_empty((rows, a.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+@torch.library.impl(_lib, "multi_update_", "CompositeExplicitAutograd")
+def multi_update_(
+    ys: list[Tensor],
+    x: Tensor,
+    a_pool: Tensor,
+    b_pools: list[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    counts: Tensor,
+    width: int,
+) -> None:
+    """y += scaling·(x·aᵀ·bᵀ + lora_bias) in place, each row with its own adapter, for the layers that share x.
+
+    ys: [..., N] each.   x: [..., K].   a_pool: [members, T, K], b_pools: [T, N]: rank rows.   start: [G].   rank,
+    scaling, biased: [members, G].   order, tiles, counts: the rows' routing.   width: at least the largest rank.
+    """
+    with _plain(x):
+        routes = kernels.Routes(order, tiles, counts)
+        h = kernels.multi_shrink(_rows(x), a_pool, start, rank, width, routes)
+        kernels.multi_expand([y.view(-1, y.shape[-1]) for y in ys], h, b_pools, start, rank, scaling, biased, routes)
+
+
+@torch.library.register_fake("fastlora::multi_update_", lib=_lib)
+def _(
+    ys: list[Tensor],
+    x: Tensor,
+    a_pool: Tensor,
+    b_pools: list[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    counts: Tensor,
+    width: int,
+) -> None:
+    return None

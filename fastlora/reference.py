@@ -6,6 +6,8 @@ and each result is rounded once.  (Hu et al. 2021, "LoRA", §4.1; Salmon et al. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -165,3 +167,46 @@ def lora_linear(
         update = update + lora_bias.to(wide)
     y = y + update * scaling
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def multi_shrink(x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, slots: Tensor) -> Tensor:
+    """h[row] = x[row]·aᵀ for the adapter of each row, of every layer that shares x; 0 past its rank.
+
+    x: [M, K].   a_pool: [members, T, K], rank rows.   start: [G], rank: [members, G]: where a slot's rows lie.
+    slots: [M], the slot of each row, −1 for base only.   Returns h: [members, M, width] fp32 (fp64 for fp64 inputs).
+    """
+    wide = _wide(x, a_pool)
+    h = x.new_zeros((len(a_pool), len(x), width), dtype=wide)
+    for row, slot in enumerate(slots.tolist()):
+        for member in range(len(a_pool)):
+            if slot >= 0 and rank[member, slot] > 0:
+                first, r = int(start[slot]), int(rank[member, slot])
+                h[member, row, :r] = a_pool[member, first : first + r].to(wide) @ x[row].to(wide)
+    return h
+
+
+def multi_expand(
+    ys: Sequence[Tensor],
+    h: Tensor,
+    b_pools: Sequence[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    slots: Tensor,
+) -> list[Tensor]:
+    """y[row] + scaling·(h[row]·b + bias) for the adapter of each row, rounded once; other rows as they are.
+
+    ys: [M, N] each.   h: as from `multi_shrink`.   b_pools: [T, N] each; where biased: [members, G] is set, the row
+    after an adapter's last is its lora_bias.   scaling: [members, G].   Returns new ys.
+    """
+    out = [y.clone() for y in ys]
+    for row, slot in enumerate(slots.tolist()):
+        for member, (y, b_pool) in enumerate(zip(out, b_pools, strict=True)):
+            if slot >= 0 and rank[member, slot] > 0:
+                first, r = int(start[slot]), int(rank[member, slot])
+                update = h[member, row, :r] @ b_pool[first : first + r].to(h.dtype)
+                if biased[member, slot]:
+                    update = update + b_pool[first + r].to(h.dtype)
+                y[row] = (y[row].to(h.dtype) + update * scaling[member, slot]).to(y.dtype)
+    return out

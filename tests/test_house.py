@@ -20,10 +20,15 @@ LADDER = {  # each module, and what of ours it may import
     "checks": set(),
     "functional": {"dispatch", "checks", "ops"},
     "modules": {"functional", "dispatch", "checks"},
+    "multi": {"dispatch", "eager", "ops"},
+    "groups": set(),
+    "adapters": {"multi"},
+    "prompts": {"multi"},
+    "bank": {"adapters", "groups", "multi", "prompts"},
     "warm": {"dispatch"},
     "peft": {"functional", "dispatch", "modules"},
     "__main__": {"dispatch", "functional", "ops", "reference"},
-    "__init__": {"functional", "reference", "dispatch", "modules", "warm", "peft"},
+    "__init__": {"functional", "reference", "dispatch", "modules", "multi", "warm", "peft", "bank"},
 }
 HEAVY = {"peft", "transformers", "bitsandbytes", "torchao"}
 

@@ -4,12 +4,15 @@ from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
+from fastlora_kernels.multi import multi_expand, multi_shrink
+from fastlora_kernels.routing import Routes, route
 from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import Tile, strategy, table, tile
 from fastlora_kernels.x_pass import x_pass
 
 __all__ = [
     "INTERPRET",
+    "Routes",
     "Tile",
     "add_dx",
     "add_expand",
@@ -20,6 +23,9 @@ __all__ = [
     "lora_backward",
     "lora_linear",
     "lora_update",
+    "multi_expand",
+    "multi_shrink",
+    "route",
     "shrink",
     "strategy",
     "table",

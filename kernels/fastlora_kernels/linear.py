@@ -17,10 +17,10 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
 
 
-def chosen(x: Tensor, N: int, R: int, forced: str) -> str:
+def chosen(kernel: str, x: Tensor, N: int, R: int, forced: str) -> str:
     """ "fused" or "split" for a main GEMM [M, K]·[K, N]: `forced`, or the table's choice when that is "triton"."""
     M, K = x.shape
-    return strategy(arch(x), x.dtype, M, N, K, R)[0] if forced == "triton" else forced
+    return strategy(arch(x), x.dtype, M, N, K, R, kernel)[0] if forced == "triton" else forced
 
 
 def lora_linear(
@@ -40,7 +40,7 @@ def lora_linear(
     how: "fused", "split", or "triton" (the table decides).   Returns y: [M, N] in x's dtype, h: [M, R] fp32.
     """
     h = shrink(x, a, p=p, seed=seed)
-    if chosen(x, w.shape[0], a.shape[0], how) == "fused":
+    if chosen("expand", x, w.shape[0], a.shape[0], how) == "fused":
         return expand(x, w, bias, h, b, scale, lora_bias), h
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     return add_expand(y, h, b, scale, lora_bias, out=y), h
@@ -87,7 +87,7 @@ def lora_backward(
     if want_da and dh is not None and x is not None:
         da = x_pass(x, dh, a.dtype, p=p, seed=seed)
     if want_dx and dh is not None:
-        if w is not None and chosen(dy, w.shape[1], a.shape[0], how) == "fused":
+        if w is not None and chosen("dx", dy, w.shape[1], a.shape[0], how) == "fused":
             grad = dx(dy, w, dh, a, p=p, seed=seed)
         else:
             base = torch.mm(dy, w) if w is not None else None

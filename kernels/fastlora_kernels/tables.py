@@ -1,12 +1,14 @@
 """Checked-in choices: the tile of every launch and *fused* or *split* for the main GEMM, per architecture.
 
 tables/<arch>.json holds {"tiles": {kernel: [row, …]}, "strategy": [row, …]}; the first row whose bounds admit the shape
-wins, and the last row of a list has none. An architecture without a file gets default.json: never an error.
+wins, and the last row of a list has none. An architecture without a file gets default.json: never an error. A folder
+named by FASTLORA_TABLES is looked into first.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,36 +39,43 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+FOLDER = Path(__file__).with_name("tables")
+
+
 @lru_cache(maxsize=None)
 def table(arch: str) -> dict[str, Any]:
     """The table of `arch`, or default.json where there is none; "name" says which."""
-    folder = Path(__file__).with_name("tables")
-    path = folder / f"{arch}.json"
-    if not path.exists():
-        path = folder / "default.json"
+    own = os.environ.get("FASTLORA_TABLES")
+    folders = [Path(own), FOLDER] if own else [FOLDER]
+    wanted = [folder / f"{arch}.json" for folder in folders] + [FOLDER / "default.json"]
+    path = next(path for path in wanted if path.exists())
     return {"name": path.stem, **json.loads(path.read_text())}
 
 
-def _admits(row: dict[str, Any], dtype: torch.dtype, sizes: dict[str, int]) -> bool:
+def admits(row: dict[str, Any], dtype: torch.dtype, **sizes: int) -> bool:
+    """Whether a row takes these: its "dtype" lists dtypes, "max_N" bounds N from above, "N" is N itself."""
     if "dtype" in row and _DTYPES[dtype] not in row["dtype"]:
         return False
-    return all(size <= row.get(f"max_{name}", size) for name, size in sizes.items())
+    return all(row.get(name, size) == size <= row.get(f"max_{name}", size) for name, size in sizes.items())
 
 
 @lru_cache(maxsize=4096)
 def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0) -> Tile:
     """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an [M, N] operand or output, at rank R."""
     for row in table(arch)["tiles"][kernel]:
-        if _admits(row, dtype, {"M": M, "N": N, "R": R}):
+        if admits(row, dtype, M=M, N=N, R=R):
             return Tile(**row["tile"])
     raise LookupError(f"table {arch}: no row of {kernel!r} admits {dtype}, M {M}, N {N}, R {R}; the last has bounds")
 
 
 @lru_cache(maxsize=4096)
-def strategy(arch: str, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> tuple[str, str]:
-    """("fused" | "split", why) for the main GEMM: a pure function of the arguments."""
+def strategy(arch: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, kernel: str = "expand") -> tuple[str, str]:
+    """("fused" | "split", why) for the main GEMM [M, K]·[K, N] of `kernel`: a pure function of the arguments.
+
+    kernel: "expand", where N is out features, or "dx", where K is.
+    """
     chosen = table(arch)
     for row in chosen["strategy"]:
-        if _admits(row, dtype, {"M": M, "N": N, "K": K, "R": R}):
+        if row.get("kernel", kernel) == kernel and admits(row, dtype, M=M, N=N, K=K, R=R):
             return row["strategy"], f"table {chosen['name']}, {row['source']}: {row['why']}"
-    raise LookupError(f"table {arch}: no strategy admits dtype {dtype}, M {M}, N {N}, K {K}, R {R}")
+    raise LookupError(f"table {arch}: no strategy of {kernel!r} admits {dtype}, M {M}, N {N}, K {K}, R {R}")

@@ -1,0 +1,237 @@
+"""Everything a GPU can tell, part by part, each on its own budget: `make gpu [PARTS="tests tune"] [DEVICE=cpu]`.
+
+Files in $OUT, or under benchmarks/results/<device>/: run.json (what each part came to, rewritten after each), run.log
+(all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves what was written so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastlora_kernels.traffic import ideal_bytes
+
+from benchmarks.machine import slug, stamp
+from benchmarks.probe import SIZES
+from benchmarks.records import BadInput
+
+ROOT = Path(__file__).parents[1]
+
+BUDGETS = {"environment": 15, "tests": 150, "tune": 135, "bench": 150, "sanitize": 35, "profile": 35}
+"""Seconds of each part, 520 together: the whole ends inside nine minutes."""
+
+PROFILED = ("expand", "dx", "dy")
+
+
+@dataclass
+class Run:
+    """Where the parts write, and what they came to."""
+
+    device: str
+    out: Path
+    scale: float = 1.0
+    outcomes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = (self.out / "run.log").open("w")
+
+    def command(self, *words: str, seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:
+        """Run one, its output to the log.   Returns (exit code, None when time ran out; the output)."""
+        self.log.write(f"\n$ {' '.join(words)}\n")
+        self.log.flush()
+        start = self.log.tell()
+        child = {**os.environ, **self.environment(), **(env or {})}
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=child, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        code: int | None
+        try:
+            code = process.wait(seconds * self.scale)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+        self.log.flush()
+        with Path(self.log.name).open(errors="replace") as log:
+            log.seek(start)
+            text = log.read()
+        self.log.seek(0, os.SEEK_END)
+        return code, text
+
+    def environment(self) -> dict[str, str]:
+        paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+        found = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        if self.device == "cpu":
+            found["TRITON_INTERPRET"] = "1"
+        if (self.out / "tables").exists():  # what was tuned is what is timed
+            found["FASTLORA_TABLES"] = str(self.out / "tables")
+        return found
+
+    def keep(self, part: str, outcome: dict[str, Any]) -> None:
+        self.outcomes[part] = outcome
+        fresh = self.out / "run.part"
+        fresh.write_text(json.dumps(self.outcomes, indent=1))
+        fresh.replace(self.out / "run.json")
+
+
+def _ended(code: int | None) -> str:
+    return "out of time" if code is None else "ok" if code == 0 else f"exit code {code}"
+
+
+def environment(run: Run, seconds: float) -> dict[str, Any]:
+    """The machine, its versions and the tools that are there."""
+    tools = {name: shutil.which(name) for name in ("nvidia-smi", "ncu", "compute-sanitizer")}
+    if tools["nvidia-smi"]:
+        run.command("nvidia-smi", seconds=seconds)
+    return {"state": "ok", **stamp(run.device), "tools": tools}
+
+
+def tests(run: Run, seconds: float) -> dict[str, Any]:
+    """The tests that carry the marker gpu; on a CPU their interpreted twins at one rank."""
+    which = ["-m", "gpu", "tests"] if run.device == "cuda" else ["-k", "fp32-16 or fp32-1-", "tests/test_kernels.py"]
+    workers = ["-n", "8"] if run.device == "cuda" and _has("xdist") else []
+    words = [sys.executable, "-m", "pytest", "-v", "-r", "N", "--tb=short", "-p", "no:cacheprovider", *workers, *which]
+    code, text = run.command(*words, seconds=seconds)
+    counts = {word.lower(): len(re.findall(rf"\b{word}\b", text)) for word in ("PASSED", "FAILED", "ERROR")}
+    state = "no test ran" if code == 0 and not counts["passed"] else _ended(code)
+    return {"state": state, **counts}
+
+
+def _has(module: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(module) is not None
+
+
+def tune(run: Run, seconds: float) -> dict[str, Any]:
+    """The offline tuner; a table with what it reached."""
+    words = [sys.executable, "-m", "benchmarks.tune", "--device", run.device, "--out", str(run.out / "tables")]
+    code, text = run.command(*words, "--seconds", f"{seconds * run.scale * 0.9:.0f}", seconds=seconds)
+    gains = [float(gain) for gain in re.findall(r"^\w+ +row \d+ +([\d.]+)×", text, re.MULTILINE)]
+    return {"state": _ended(code), "rows": len(gains), "gains": gains}
+
+
+def bench(run: Run, seconds: float) -> dict[str, Any]:
+    """The suites, an equal share of the time each."""
+    suites = ("linear", "step", "overhead", "block", "multi")
+    words = [sys.executable, "-m", "benchmarks", *suites, "--device", run.device, "--out", str(run.out)]
+    words += ["--set", "tiny" if run.device == "cpu" else "gpu", "--budget", f"{seconds * run.scale * 0.8:.0f}"]
+    code, _ = run.command(*words, seconds=seconds)
+    return {"state": _ended(code), "files": sorted(p.name for p in run.out.glob("*.json") if p.stem in suites)}
+
+
+def sanitize(run: Run, seconds: float) -> dict[str, Any]:
+    """memcheck and racecheck over every kernel on a small case; on a CPU the same case, bare."""
+    probe = [sys.executable, "-m", "benchmarks.probe", "--device", run.device]
+    if run.device == "cpu":
+        code, _ = run.command(*probe, "--size", "tiny", seconds=seconds)
+        return {"state": _ended(code), "tool": "none on a CPU"}
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"state": "skipped", "why": "compute-sanitizer is not on PATH"}
+    found = {}
+    for check in ("memcheck", "racecheck"):
+        words = [tool, "--tool", check, "--error-exitcode", "9", *probe, "--size", "small", "--unchecked"]
+        code, text = run.command(*words, seconds=seconds / 2)
+        errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+        found[check] = f"{errors[1]} errors" if errors else f"no summary, {_ended(code)}"
+    clean = all(said.startswith("0 ") for said in found.values())
+    return {"state": "ok" if clean else "see run.log", **found}
+
+
+def profile(run: Run, seconds: float) -> dict[str, Any]:
+    """DRAM bytes of three kernels beside the ideal ones; on a CPU the ideal ones."""
+    size = "large" if run.device == "cuda" else "tiny"
+    M, N, K, R = SIZES[size]
+    ideal = {kernel: ideal_bytes(kernel, M, N, K, R) for kernel in PROFILED}
+    tool = shutil.which("ncu")
+    probe = [sys.executable, "-m", "benchmarks.probe", "--device", run.device, "--size", size, "--unchecked", *PROFILED]
+    if run.device == "cpu":
+        code, _ = run.command(*probe, seconds=seconds)
+        return {"state": _ended(code), "tool": "none on a CPU", "ideal_bytes": ideal}
+    if tool is None:
+        return {"state": "skipped", "why": "ncu is not on PATH", "ideal_bytes": ideal}
+    metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+    # the clocks stay as they are: the card is shared with others after us
+    words = [tool, "--csv", "--clock-control", "none", "--metrics", metrics, "--kernel-name", "regex:_kernel$", *probe]
+    code, text = run.command(*words, seconds=seconds)
+    return {"state": _ended(code), "ideal_bytes": ideal, "measured": counters(text)}
+
+
+UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}
+UNITS |= {"nsecond": 1e-9, "usecond": 1e-6, "msecond": 1e-3, "second": 1.0}
+
+
+def counters(text: str) -> list[dict[str, Any]]:
+    """ncu's CSV: bytes and seconds of each launch, in order."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    launches: dict[str, dict[str, Any]] = {}
+    for row in csv.DictReader(lines):
+        launch = launches.setdefault(row["ID"], {"kernel": row["Kernel Name"]})
+        launch[row["Metric Name"]] = float(row["Metric Value"].replace(",", "")) * UNITS[row["Metric Unit"]]
+    return list(launches.values())
+
+
+PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
+    "environment": environment,
+    "tests": tests,
+    "tune": tune,
+    "bench": bench,
+    "sanitize": sanitize,
+    "profile": profile,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default="", help=f"of {' '.join(PARTS)}; all unless given")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu: every part at a tiny size")
+    parser.add_argument("--out", type=Path, help="$OUT, or benchmarks/results/<device>/ unless given")
+    args = parser.parse_args(argv)
+    try:
+        chosen = args.parts.split() or list(PARTS)
+        if unknown := [part for part in chosen if part not in PARTS]:
+            raise BadInput(f"PARTS: got {' '.join(unknown)}, wanted any of {' '.join(PARTS)}")
+        if args.device not in ("cuda", "cpu"):
+            raise BadInput(f"DEVICE: got {args.device!r}, wanted cuda or cpu")
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("DEVICE: got cuda, and torch sees no GPU; DEVICE=cpu runs every part at a tiny size")
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = args.out or (
+        Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks/results" / slug(args.device)
+    )
+    # a chosen part takes the time of those left out
+    run = Run(args.device, out, scale=sum(BUDGETS.values()) / sum(BUDGETS[part] for part in chosen))
+    for part in PARTS:
+        if part not in chosen:
+            continue
+        start = time.monotonic()
+        try:
+            outcome = PARTS[part](run, BUDGETS[part])
+        except Exception as error:  # the parts after it still have something to tell
+            outcome = {"state": f"{type(error).__name__}: {error}"}
+        outcome["seconds"] = round(time.monotonic() - start, 1)
+        run.keep(part, outcome)
+        print(f"{part:12}{outcome['seconds']:6.1f} s  {outcome['state']}", flush=True)
+    print(f"written to {out}")
+    return 0 if all(outcome["state"] in ("ok", "skipped") for outcome in run.outcomes.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""`python -m benchmarks report`: docs/benchmarks.md from the checked-in JSON, so that no figure is typed by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.records import SUITES, BadInput, Record, Results, read
+
+ROOT = Path(__file__).parents[1]
+
+HEAD = """# Benchmarks
+
+Written by `python -m benchmarks report` from `benchmarks/results/`; no figure here is typed by hand. Times are medians
+of interleaved rounds with cold caches, of results that passed the tolerance policy in the same run. *Ratio* is a time
+over another's in the same run, case by case: the median over the cases, and in brackets the worst. Below 1 is faster.
+"""
+
+TARGETS = {  # beside PEFT on a CPU: of which records, median, worst   (issue "The measuring bench", §4)
+    "never slower than PEFT": (lambda r: True, 1.00, 1.05),
+    "with dropout": (lambda r: r.p > 0, 1 / 1.15, None),
+    "with fp32 adapters on a bf16 base": (lambda r: r.dtype == "bf16" and r.adapter_dtype == "fp32", 1 / 1.05, None),
+}
+
+
+def ratios(records: list[Record], of: str, to: str) -> dict[Record, float]:
+    """Time of `of` over time of `to`, for each case that both ran."""
+    others = {(r.suite, r.case, r.pass_): r.median_ms for r in records if r.impl == to}
+    mine = [r for r in records if r.impl == of and (r.suite, r.case, r.pass_) in others]
+    return {r: r.median_ms / others[r.suite, r.case, r.pass_] for r in mine}
+
+
+def _cell(found: Iterable[float | None]) -> str:
+    known = [value for value in found if value is not None]
+    return f"{median(known):.2f} ({max(known):.2f})" if known else "–"
+
+
+def _mix(record: Record) -> str:
+    return record.dtype if record.dtype == record.adapter_dtype else f"{record.dtype} + {record.adapter_dtype}"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def suite_table(records: list[Record]) -> str:
+    """A line for each pass, dtypes and dropout: every implementation's ratio to the frozen layer."""
+    names = [name for name in dict.fromkeys(r.impl for r in records) if name != "frozen"]
+    groups = sorted({(r.pass_, _mix(r), r.p) for r in records if r.impl != "frozen"})
+    rows = []
+    for group in groups:
+        of = [r for r in records if (r.pass_, _mix(r), r.p) == group]
+        pass_, mix, p = group
+        cells = [_cell(r.ratio_to_frozen for r in of if r.impl == name) for name in names]
+        rows.append([pass_, mix, f"{p:g}", str(len({r.case for r in of})), *cells])
+    return _table(["pass", "dtypes", "p", "cases", *(f"{name} / frozen" for name in names)], rows)
+
+
+def beside_peft(records: list[Record]) -> str:
+    """fastlora over PEFT, the same lines."""
+    found = ratios(records, "fastlora", "peft")
+    groups = sorted({(r.pass_, _mix(r), r.p) for r in found})
+    rows = []
+    for group in groups:
+        of = {r: ratio for r, ratio in found.items() if (r.pass_, _mix(r), r.p) == group}
+        worst = max(of, key=lambda r: of[r])
+        rows.append([group[0], group[1], f"{group[2]:g}", _cell(of.values()), worst.case])
+    return _table(["pass", "dtypes", "p", "fastlora / PEFT", "worst case"], rows)
+
+
+def overhead_table(records: list[Record]) -> str:
+    """Microseconds a call."""
+    names = list(dict.fromkeys(r.impl for r in records))
+    rows = []
+    for case, pass_ in dict.fromkeys((r.case, r.pass_) for r in records):
+        at = {r.impl: f"{r.median_ms * 1e3:.1f}" for r in records if (r.case, r.pass_) == (case, pass_)}
+        rows.append([case, pass_, *(at.get(name, "–") for name in names)])
+    return _table(["case", "pass", *(f"{name}, µs" for name in names)], rows)
+
+
+def verdicts(records: list[Record]) -> str:
+    """Each target for a CPU, and whether this run reached it."""
+    found = ratios(records, "fastlora", "peft")
+    lines = []
+    for name, (belongs, middle, worst) in TARGETS.items():
+        of = {r: ratio for r, ratio in found.items() if belongs(r)}
+        if not of:
+            continue
+        held = median(of.values()) <= middle + 0.005 and (worst is None or max(of.values()) <= worst + 0.005)
+        wanted = f"median ≤ {middle:.2f}" + (f", worst ≤ {worst:.2f}" if worst else "")
+        slow = sorted((r for r in of if worst and of[r] > worst + 0.005), key=lambda r: -of[r])
+        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.2f}" for r in slow) if slow else ""
+        lines.append(f"- {name} ({wanted}): {_cell(of.values())}, {'reached' if held else 'not reached'}{beyond}")
+    return "\n".join(lines)
+
+
+def _stamp(stamp: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
+    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in stamp["ceilings"].items())
+    dirty = " with uncommitted changes" if stamp["dirty"] else ""
+    return f"{stamp['date']}, commit `{stamp['commit']}`{dirty}; {versions}; measured ceilings: {ceilings}."
+
+
+def section(run: Results, pictures: list[str]) -> str:
+    """One suite on one device."""
+    parts = [f"### {run.stamp['suite']}", _stamp(run.stamp)]
+    if run.stamp["suite"] == "overhead":
+        parts.append(overhead_table(run.records))
+    else:
+        parts += [suite_table(run.records), beside_peft(run.records)]
+        if run.stamp["slug"].startswith("cpu"):
+            parts.append(verdicts(run.records))
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    return "\n\n".join(part for part in parts if part)
+
+
+def gpu_section(path: Path) -> str:
+    """What `make gpu` left in run.json: its parts, and DRAM bytes beside the ideal ones."""
+    parts = json.loads(path.read_text())
+    rows = [[name, found["state"], f"{found['seconds']:g}"] for name, found in parts.items()]
+    text = "### make gpu\n\n" + _table(["part", "state", "s"], rows)
+    measured = parts.get("profile", {}).get("measured")
+    if measured:
+        ideal = parts["profile"]["ideal_bytes"]
+        lines = []
+        for launch, name in zip([m for m in measured if "reduce" not in m["kernel"]], ideal, strict=False):
+            moved = launch["dram__bytes_read.sum"] + launch["dram__bytes_write.sum"]
+            lines.append([name, f"{moved / 2**20:.1f}", f"{ideal[name] / 2**20:.1f}", f"{moved / ideal[name]:.2f}"])
+        text += "\n\n" + _table(["kernel", "DRAM, MiB", "ideal, MiB", "ratio"], lines)
+    return text
+
+
+def report(results: Path, out: Path) -> int:
+    """Write the page and its pictures beside it.   Returns the exit code."""
+    devices = sorted(path for path in results.glob("*/") if any((path / f"{suite}.json").exists() for suite in SUITES))
+    if not devices:
+        raise BadInput(f"{results}: no results, wanted <device>/<suite>.json; python -m benchmarks makes them")
+    read_first = {
+        device: [read(device / f"{s}.json") for s in SUITES if (device / f"{s}.json").exists()] for device in devices
+    }
+    parts = [HEAD.strip()]
+    for device, runs in read_first.items():
+        parts.append(f"## {runs[0].stamp['device']}")
+        for run in runs:
+            parts.append(section(run, _pictures(run, out.parent / "benchmarks" / device.name, out.parent)))
+        if (device / "run.json").exists():
+            parts.append(gpu_section(device / "run.json"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(parts) + "\n")
+    print(out)
+    return 0
+
+
+def _pictures(run: Results, folder: Path, beside: Path) -> list[str]:
+    try:
+        from benchmarks.plots import draw
+
+        return [str(path.relative_to(beside)) for path in draw(run, folder)]
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        return []
+
+
+def add_parser(subparsers: Any) -> None:
+    parser: argparse.ArgumentParser = subparsers.add_parser("report", help="docs/benchmarks.md from the results")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks.md")
+    parser.set_defaults(func=lambda args: report(args.results, args.out))

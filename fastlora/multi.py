@@ -1,0 +1,277 @@
+"""Many adapters in one batch: the pools that hold them, who is who in a batch, and the module that serves both.
+
+Adapters of all layers that share an input lie side by side in pools of rank rows (DESIGN §5). A batch says which slot
+each request takes; outside a batch a layer is its base layer, to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import dispatch, eager, ops
+
+TOGETHER = 3
+"""Layers that one launch takes."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One layer's part of an adapter.   a: [R, K].   b: [N, R].   lora_bias: [N] or None.   scaling: a number."""
+
+    a: Tensor
+    b: Tensor
+    lora_bias: Tensor | None
+    scaling: float
+
+
+@dataclass
+class Tables:
+    """What all layers of a bank share.   rows: T, rank rows.   start: [G] int32, each slot's first rank row."""
+
+    rows: int
+    start: Tensor
+
+    @classmethod
+    def empty(cls, slots: int, rows: int, device: torch.device) -> Tables:
+        return cls(rows, torch.zeros(slots, dtype=torch.int32, device=device))
+
+    @property
+    def slots(self) -> int:
+        return len(self.start)
+
+
+class Batch:
+    """Which slot each request of a batch takes: the truth on the host, and on the device what the kernels read.
+
+    slots: by request, −1 for the base alone.   ranks: the largest rank of each slot that occurs, over all layers.
+    A batch never changes; several threads may run different ones.
+    """
+
+    def __init__(self, tables: Tables, slots: Sequence[int], ranks: dict[int, int]) -> None:
+        self.tables, self.slots = tables, tuple(slots)
+        self.width = max((ranks[slot] for slot in self.slots if slot >= 0), default=0)
+        self.adapted = [row for row, slot in enumerate(self.slots) if slot >= 0]
+        self._routes: dict[int, Any] = {}
+        self._stacks: dict[int, Stacks] = {}
+
+    def share(self, x: Tensor) -> int:
+        """Rows of x: [..., K] that each request has: its tokens, times its beams, which lie side by side."""
+        if x.dim() == 1 or x.shape[0] % len(self.slots):
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, wanted a multiple of the batch's {len(self.slots)} requests first"
+            )
+        return x.shape[:-1].numel() // len(self.slots)
+
+    def routes(self, x: Tensor) -> Any:
+        """The device's routing of x's rows, made once for all layers."""
+        share = self.share(x)
+        if share not in self._routes:
+            slots = torch.tensor(self.slots, dtype=torch.int32).repeat_interleave(share).to(x.device, non_blocking=True)
+            empty = ops.kernels.Routes.empty(len(slots), self.tables.slots, x.device)
+            self._routes[share] = ops.kernels.route(slots, empty)
+        return self._routes[share]
+
+    def stacks(self, group: Group) -> Stacks:
+        """The factors in the order of the requests, gathered once for a CPU."""
+        if id(group) not in self._stacks:
+            self._stacks[id(group)] = group.gather(self)
+        return self._stacks[id(group)]
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """A group's factors by request: a: [B, members·width, K]; bs: [B, width, N], scaled; biases: [B, 1, N] or None.
+
+    rows: the requests that have an adapter, None for all.   B is 1 where all of them have the same one.
+    """
+
+    rows: Tensor | None
+    a: Tensor
+    bs: list[Tensor]
+    biases: list[Tensor | None]
+
+
+_current = threading.local()
+
+
+def current() -> Batch | None:
+    """This thread's batch."""
+    return getattr(_current, "batch", None)
+
+
+@contextlib.contextmanager
+def serving(batch: Batch | None) -> Iterator[None]:
+    """Layers called in this thread serve `batch` (None: the base alone), and what was before afterwards."""
+    before = current()
+    _current.batch = batch
+    try:
+        yield
+    finally:
+        _current.batch = before
+
+
+class Group:
+    """Layers that are called with the same tensor, and the pools of their adapters' rank rows.
+
+    a_pool: [members, T + 1, K].   b_pools: [T + 1, N] each.   The last row is zero, and pads short adapters.
+    rank, biased: [members, G] int32.   scaling: [members, G] fp32.   A slot of rank 0 is base only.
+    """
+
+    def __init__(self, members: Sequence[MultiLoRALinear], tables: Tables, dtype: torch.dtype) -> None:
+        if not 1 <= len(members) <= TOGETHER:
+            raise ValueError(f"members: got {len(members)} layers, wanted 1 to {TOGETHER}")
+        self.members, self.tables = list(members), tables
+        device, K, T, G = tables.start.device, members[0].in_features, tables.rows, tables.slots
+        self.a_pool = torch.zeros((len(members), T + 1, K), dtype=dtype, device=device)
+        self.b_pools = [torch.zeros((T + 1, m.out_features), dtype=dtype, device=device) for m in members]
+        self.rank = torch.zeros((len(members), G), dtype=torch.int32, device=device)
+        self.biased = torch.zeros_like(self.rank)
+        self.scaling = torch.zeros((len(members), G), device=device)
+        self.ranks = [[0] * G for _ in members]
+        self._ready = threading.local()
+        for index, member in enumerate(members):
+            member.group, member.index = self, index
+
+    def store(self, slot: int, start: int, factors: Sequence[Factors | None]) -> None:
+        """Copy one adapter's parts into the rank rows from `start` on; None where it leaves a layer alone."""
+        for member, part in enumerate(factors):
+            if part is None:
+                continue
+            R = len(part.a)
+            rows = slice(start, start + R)
+            self.a_pool[member, rows].copy_(part.a)
+            self.b_pools[member][rows].copy_(part.b.t())
+            if part.lora_bias is not None:
+                self.b_pools[member][rows.stop].copy_(part.lora_bias)
+            self.biased[member, slot] = int(part.lora_bias is not None)
+            self.scaling[member, slot] = part.scaling
+            self.rank[member, slot] = R
+            self.ranks[member][slot] = R
+
+    def clear(self, slot: int) -> None:
+        """The slot is base only again; its rank rows are free."""
+        self.rank[:, slot] = 0
+        self.biased[:, slot] = 0
+        for ranks in self.ranks:
+            ranks[slot] = 0
+
+    def gather(self, batch: Batch) -> Stacks:
+        """The batch's factors in the order of its requests."""
+        slots = [batch.slots[row] for row in batch.adapted]
+        if len(set(slots)) == 1:
+            slots = slots[:1]
+        device = self.a_pool.device
+        whole = len(batch.adapted) == len(batch.slots)
+        rows = None if whole else torch.tensor(batch.adapted, device=device)
+        picked = torch.tensor(slots, device=device)
+        first = self.tables.start[picked].long()[:, None]
+        step = torch.arange(batch.width, device=device)
+        a_rows, bs, biases = [], [], []
+        for member, b_pool in enumerate(self.b_pools):
+            rank = self.rank[member, picked][:, None]
+            index = torch.where(step < rank, first + step, self.tables.rows)
+            a_rows.append(self.a_pool[member][index])
+            scaling = self.scaling[member, picked][:, None, None]
+            bs.append(b_pool[index].to(torch.promote_types(b_pool.dtype, torch.float32)) * scaling)
+            biased = self.biased[member, picked][:, None] != 0
+            at = torch.where(biased, first + rank, self.tables.rows)
+            biases.append(b_pool[at] * scaling if bool(biased.any()) else None)
+        return Stacks(rows, torch.cat(a_rows, 1), bs, biases)
+
+    def run(self, member: int, x: Tensor, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The member's output for x; the others', made in the same launches, wait for their call with the same x."""
+        key = x, None if x.is_inference() else x._version
+        ready = getattr(self._ready, "outputs", None)
+        if ready is not None and ready.x is key[0] and ready.version == key[1] and ready.batch is batch:
+            y = ready.ys[member]
+            ready.ys[member] = None
+            if y is not None:
+                if not any(other is not None for other in ready.ys):
+                    self._ready.outputs = None
+                return y
+        self._ready.outputs = None
+        together = len(self.members) > 1 and not args and not kwargs
+        indices = range(len(self.members)) if together else [member]
+        ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
+        self.add(ys, x, batch, list(indices))
+        if not together:
+            return ys[0]
+        mine = ys[member]
+        if any(other is not mine for other in ys):
+            self._ready.outputs = _Ready(x, key[1], batch, [None if i == member else y for i, y in enumerate(ys)])
+        return mine
+
+    def forget(self) -> None:
+        """Drop what waits for a call that never came."""
+        self._ready.outputs = None
+
+    def add(self, ys: list[Tensor], x: Tensor, batch: Batch, members: list[int]) -> None:
+        """y += scaling·(x·aᵀ·bᵀ + lora_bias) in place, each request with its own adapter."""
+        if batch.width == 0 or x.numel() == 0:
+            return
+        whole = len(members) == len(self.members)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(y.requires_grad for y in ys))
+        if needs_grad or dispatch.backend_of(x) == "torch":
+            batch.share(x)
+            stacks = batch.stacks(self)
+            a = stacks.a if whole else stacks.a[:, members[0] * batch.width : (members[0] + 1) * batch.width]
+            bs, biases = [stacks.bs[i] for i in members], [stacks.biases[i] for i in members]
+            eager.multi_update_(ys, x, len(batch.slots), stacks.rows, a, bs, biases)
+            return
+        pick = slice(None) if whole else slice(members[0], members[0] + 1)
+        routes = batch.routes(x)
+        torch.ops.fastlora.multi_update_(
+            ys, x, self.a_pool[pick], [self.b_pools[i] for i in members], self.tables.start, self.rank[pick],
+            self.scaling[pick], self.biased[pick], routes.order, routes.tiles, routes.counts, batch.width,
+        )  # fmt: skip
+
+
+@dataclass
+class _Ready:
+    """Outputs that wait for their layer's call."""
+
+    x: Tensor
+    version: int | None
+    batch: Batch
+    ys: list[Tensor | None] = field(default_factory=list)
+
+
+class MultiLoRALinear(nn.Module):
+    """A linear layer that adds each request's own adapter, y[i] = base(x)[i] + scaling·(x[i]·aᵀ·bᵀ + lora_bias).
+
+    base_layer: any layer [..., K] → [..., N], quantised ones too.   Which request has which adapter is said around the
+    call (`AdapterBank.use`); outside of that, and for requests without an adapter, the output is the base layer's.
+    """
+
+    group: Group
+    index: int
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        batch = current()
+        if batch is None:
+            y: Tensor = self.base_layer(x, *args, **kwargs)
+            return y
+        return self.group.run(self.index, x, batch, args, kwargs)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, beside={len(self.group.members) - 1}"

@@ -1,0 +1,213 @@
+"""The low-rank term of a batch in which every row has an adapter of its own, over pools of rank rows.
+
+An adapter is a run of `rank` rows in `a_pool` and `b_pool`: what is read is in proportion to true rank. Layers that
+share an input (q, k, v; gate, up) take one shrink and one expand together. Base rows are neither read nor written. A
+row's term is bitwise the same whoever else is in the batch: its tile has a fixed number of rows, and the split of K
+depends on the layer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.dot import cast, dot, pieces
+from fastlora_kernels.routing import TILE_ROWS, Routes
+from fastlora_kernels.tables import Tile, tile
+
+SPLIT = 1024
+"""Features of one part of the shrink: a function of the layer alone."""
+
+MEMBERS = 3
+
+
+@triton.jit(do_not_specialize=["M", "width"])
+def _multi_shrink_kernel(
+    x_ptr,
+    a_ptr,
+    order_ptr,
+    tile_ptr,
+    start_ptr,
+    rank_ptr,
+    h_ptr,
+    M,
+    K,
+    G,
+    width,
+    stride_xm,
+    stride_xk,
+    stride_ag,
+    stride_ar,
+    SPLIT: tl.constexpr,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h[part, member, row, :rank] = x[row, part of K]·a[member, start : start + rank, part of K]ᵀ, for one tile."""
+    pid, member, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tl.load(tile_ptr + 3 * pid + 2)
+    if rows > 0:
+        slot = tl.load(tile_ptr + 3 * pid)
+        offs_t = tl.arange(0, TILE_ROWS)
+        mask_m = offs_t < rows
+        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
+        start = tl.load(start_ptr + slot).to(tl.int64)
+        rank = tl.load(rank_ptr + member * G + slot)
+        x_rows = x_ptr + offs_m[:, None] * stride_xm
+        h_rows = h_ptr + ((part * tl.num_programs(1) + member).to(tl.int64) * M + offs_m)[:, None] * width
+        for r in tl.range(0, rank, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            a_cols = a_ptr + member.to(tl.int64) * stride_ag + (start + offs_r)[None, :] * stride_ar
+            acc = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+            for k in tl.range(part * SPLIT, tl.minimum(K, (part + 1) * SPLIT), BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                mask_k = offs_k < K
+                x = tl.load(
+                    x_rows + offs_k.to(tl.int64)[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0
+                )
+                a = tl.load(a_cols + offs_k[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+                acc = dot(x, a, acc, PIECES, INTERPRET)
+            tl.store(h_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "width"])
+def _multi_expand_kernel(
+    h_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    order_ptr,
+    tile_ptr,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    biased_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
+    M,
+    N0,
+    N1,
+    N2,
+    G,
+    width,
+    stride_y0,
+    stride_y1,
+    stride_y2,
+    PARTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[row, block] += scaling·(Σ_part h[part, member, row]·b[start : start + rank] + bias row), for one tile."""
+    pid, pid_n = tl.program_id(0), tl.program_id(1)
+    rows = tl.load(tile_ptr + 3 * pid + 2)
+    member = tl.program_id(2)
+    if member == 0:
+        b_ptr, y_ptr, N, stride_ym = b0_ptr, y0_ptr, N0, stride_y0
+    elif member == 1:
+        b_ptr, y_ptr, N, stride_ym = b1_ptr, y1_ptr, N1, stride_y1
+    else:
+        b_ptr, y_ptr, N, stride_ym = b2_ptr, y2_ptr, N2, stride_y2
+    slot = tl.load(tile_ptr + 3 * pid)
+    rank = tl.load(rank_ptr + member * G + slot)
+    if (rows > 0) & (rank > 0) & (pid_n * BLOCK_N < N):
+        offs_t = tl.arange(0, TILE_ROWS)
+        mask_m = offs_t < rows
+        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        mask = mask_m[:, None] & mask_n[None, :]
+        y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+        y = tl.load(y_tile, mask=mask, other=0.0)  # first, so that its latency hides behind the product
+        start = tl.load(start_ptr + slot).to(tl.int64)
+        acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
+        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            h = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+            for part in tl.static_range(PARTS):
+                h_rows = h_ptr + ((part * MEMBERS + member).to(tl.int64) * M + offs_m)[:, None] * width
+                h += tl.load(h_rows + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            b = tl.load(
+                b_ptr + (start + offs_r)[:, None] * N + offs_n[None, :],
+                mask=mask_r[:, None] & mask_n[None, :],
+                other=0.0,
+            )
+            acc = dot(h, b, acc, PIECES, INTERPRET)
+        biased = tl.load(biased_ptr + member * G + slot) != 0
+        bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0)
+        acc = (acc + bias.to(tl.float32)[None, :]) * tl.load(scaling_ptr + member * G + slot)
+        tl.store(y_tile, cast(acc + y.to(tl.float32), y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+def multi_shrink(
+    x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, routes: Routes, *, config: Tile | None = None
+) -> Tensor:
+    """h[row] = x[row]·a[start : start + rank]ᵀ for the adapter of each row, of all the layers that share x.
+
+    x: [M, K], any strides.   a_pool: [members, T, K], rank rows of each layer, contiguous.   start: [G] int32, first
+    rank row of each slot.   rank: [members, G] int32.   width: at least the largest rank.   routes: of the M rows.
+    Returns h: [parts, members, M, width] fp32, to be summed over parts of K; written where a row has a rank, and
+    nowhere else.
+    """
+    (M, K), members = x.shape, a_pool.shape[0]
+    parts = triton.cdiv(K, SPLIT)
+    h = x.new_empty((parts, members, M, width), dtype=torch.float32)
+    if M == 0:
+        return h
+    t = config or tile("multi_shrink", arch(x), x.dtype, M, K)
+    with on_device(x):
+        _multi_shrink_kernel[(len(routes.tiles), members, parts)](
+            x, a_pool, routes.order, routes.tiles, start, rank, h, M, K, len(start), width,
+            *x.stride(), a_pool.stride(0), a_pool.stride(1),
+            SPLIT=SPLIT, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
+            TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
+        )  # fmt: skip
+    return h
+
+
+def multi_expand(
+    ys: Sequence[Tensor],
+    h: Tensor,
+    b_pools: Sequence[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    routes: Routes,
+    *,
+    config: Tile | None = None,
+) -> None:
+    """y[row] += scaling·(h[row]·b[start : start + rank] + bias) in place, for up to three layers in one launch.
+
+    ys: [M, N] each, base outputs of any float dtype, inner stride 1.   h: as `multi_shrink` left it.   b_pools: [T, N]
+    each, contiguous; where biased: [members, G] int32 is set, the row after an adapter's last holds its lora_bias.
+    scaling: [members, G] fp32.   A layer whose adapter has rank 0 is left alone.
+    """
+    M, members = ys[0].shape[0], len(ys)
+    if M == 0:
+        return
+    widest = max(y.shape[1] for y in ys)
+    t = config or tile("multi_expand", arch(ys[0]), ys[0].dtype, M, widest)
+    three = [min(i, members - 1) for i in range(MEMBERS)]
+    with on_device(ys[0]):
+        _multi_expand_kernel[(len(routes.tiles), triton.cdiv(widest, t.BLOCK_N), members)](
+            h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased,
+            *(ys[i] for i in three), M, *(ys[i].shape[1] for i in three), len(start), h.shape[3],
+            *(ys[i].stride(0) for i in three),
+            PARTS=h.shape[0], MEMBERS=members,
+            PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
+            INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, **t.options,
+        )  # fmt: skip

@@ -1,0 +1,138 @@
+"""What reads a run: the results contract, compare, report and the plots, on made-up records with known answers."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import records, report
+from benchmarks.plots import draw
+from benchmarks.records import NAMES, Record, Results
+
+STAMP = {
+    "suite": "linear", "device": "A Machine", "slug": "cpu-a-machine", "commit": "abc1234", "dirty": False,
+    "date": "2026-11-24", "versions": {"torch": "2.13.0"}, "ceilings": {"copy GB/s": 20.0},
+}  # fmt: skip
+BASE = Record(
+    "linear", "case", "forward", "frozen", 1.0, 0.99, 1.01, 8.0, 1.0, 0.5, 1e-7, 128, 64, 64, 16, "fp32", "fp32", 0.0, 1
+)
+
+
+def run_of(slower: float = 1.0) -> list[Record]:
+    """Frozen, PEFT at 1.5 and fastlora at 1.2·slower of it, for three sizes and two ranks."""
+    found = []
+    for M in (1, 16, 256):
+        for R in (8, 16):
+            for impl, ratio in (("frozen", 1.0), ("peft", 1.5), ("fastlora", 1.2 * slower)):
+                ms = 0.1 * M * ratio
+                sizes = dict(M=M, R=R, case=f"q M{M} r{R}", impl=impl)
+                found.append(
+                    replace(BASE, **sizes, median_ms=ms, p20_ms=0.99 * ms, p80_ms=1.01 * ms, ratio_to_frozen=ratio)
+                )
+    return found
+
+
+def written(folder: Path, found: list[Record], **stamp: object) -> Path:
+    records.write(folder / "linear.json", {**STAMP, **stamp}, found)
+    return folder
+
+
+def test_the_contract_survives_the_file(tmp_path: Path) -> None:
+    found = run_of()
+    path = written(tmp_path, found) / "linear.json"
+    held = json.loads(path.read_text())
+    assert list(held) == ["stamp", "records"]
+    assert tuple(held["records"][0]) == NAMES == (
+        "suite", "case", "pass", "impl", "median_ms", "p20_ms", "p80_ms", "peak_mb", "ratio_to_frozen",
+        "roof_fraction", "rel_error", "M", "K", "N", "R", "dtype", "adapter_dtype", "p", "G",
+    )  # fmt: skip
+    assert records.read(path).records == found
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_compare_finds_the_regression_and_only_that(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, same, slow = (written(tmp_path / name, run_of(s)) for name, s in (("a", 1.0), ("b", 1.03), ("c", 1.2)))
+    assert cli.main(["compare", str(old), str(same)]) == 0
+    assert "0 moved" in capsys.readouterr().out
+    assert cli.main(["compare", str(old), str(slow / "linear.json")]) == 1
+    said = capsys.readouterr().out
+    assert said.count("fastlora\n") == 6 and "+20.0%" in said and "peft" not in said
+    assert cli.main(["compare", str(slow), str(old)]) == 0, "faster is no regression"
+    assert cli.main(["compare", str(old), str(slow), "--impl", "peft"]) == 0
+    assert cli.main(["compare", str(old), str(slow), "--noise", "0.25"]) == 0
+
+
+def test_wide_quantiles_are_noise(tmp_path: Path) -> None:
+    shaky = [replace(r, p20_ms=0.8 * r.median_ms, p80_ms=1.2 * r.median_ms) for r in run_of(1.2)]
+    assert cli.main(["compare", str(written(tmp_path / "a", run_of())), str(written(tmp_path / "b", shaky))]) == 0
+
+
+def test_a_slower_machine_is_no_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All times doubled: the ratios to the frozen layer are what they were."""
+    doubled = [replace(r, median_ms=2 * r.median_ms, p20_ms=2 * r.p20_ms, p80_ms=2 * r.p80_ms) for r in run_of()]
+    folders = written(tmp_path / "a", run_of()), written(tmp_path / "b", doubled, device="Another")
+    assert cli.main(["compare", *map(str, folders)]) == 0
+    assert "two machines: A Machine and Another" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, said", [
+    (["compare", "nowhere.json", "nowhere.json"], "nowhere.json: No such file"),
+    (["compare", "{run}", "{empty}"], "a folder without results"),
+    (["compare", "{run}", "{text}"], "not JSON"),
+    (["compare", "{run}", "{version}"], "format 99, wanted format 1"),
+    (["compare", "{run}", "{fields}"], "wrong fields: \\['surplus'\\]"),
+    (["compare", "{run}", "{run}", "--impl", "nobody"], "wanted all or one of fastlora, frozen, peft"),
+    (["compare", "{run}", "{run}", "--noise", "2"], "--noise: got 2.0"),
+    (["report", "--results", "{empty}", "--out", "{empty}/page.md"], "no results, wanted"),
+], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
+def test_bad_input_is_one_line_and_no_file(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {name: tmp_path / name for name in ("run", "empty", "text", "version", "fields")}
+    for place in places.values():
+        place.mkdir()
+    written(places["run"], run_of())
+    (places["text"] / "linear.json").write_text("no")
+    held = json.loads((places["run"] / "linear.json").read_text())
+    (places["version"] / "linear.json").write_text(json.dumps({**held, "stamp": {"format": 99}}))
+    surplus = [{**line, "surplus": 1} for line in held["records"]]
+    (places["fields"] / "linear.json").write_text(json.dumps({**held, "records": surplus}))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([word.format(**places) for word in words]) == 2
+    captured = capsys.readouterr()
+    assert re.search(said, captured.err) and captured.err.count("\n") == 1 and captured.out == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_report_says_what_the_records_say(tmp_path: Path) -> None:
+    device = written(tmp_path / "results" / "cpu-a-machine", run_of())
+    outcome = {"state": "ok", "seconds": 1.5, "ideal_bytes": {"expand": 2**20}}
+    launch = {"kernel": "_expand_kernel", "dram__bytes_read.sum": 2**20, "dram__bytes_write.sum": 2**19}
+    (device / "run.json").write_text(json.dumps({"profile": {**outcome, "measured": [launch]}}))
+    page = tmp_path / "docs" / "page.md"
+    assert cli.main(["report", "--results", str(tmp_path / "results"), "--out", str(page)]) == 0
+    text = page.read_text()
+    assert "| forward | fp32 | 0 | 6 | 1.50 (1.50) | 1.20 (1.20) |" in text, text
+    assert "| forward | fp32 | 0 | 0.80 (0.80) |" in text
+    assert "never slower than PEFT (median ≤ 1.00, worst ≤ 1.05): 0.80 (0.80), reached" in text
+    assert "with dropout" not in text, "a target without records is not claimed"
+    assert "| expand | 1.5 | 1.0 | 1.50 |" in text and "commit `abc1234`" in text
+    for picture in re.findall(r"!\[.*\]\((.*)\)", text):
+        assert (page.parent / picture).stat().st_size > 5_000
+
+
+def test_report_says_where_a_target_is_missed() -> None:
+    slow = [replace(r, case="slow one", median_ms=r.median_ms * 2) if r.impl == "fastlora" else r for r in run_of()]
+    slow = [replace(r, case="slow one") for r in slow]
+    assert "1.60 (1.60), not reached; beyond: slow one forward 1.60" in report.verdicts(slow)
+
+
+def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
+    names = [path.name for path in draw(Results(STAMP, run_of()), tmp_path)]
+    assert names == ["linear-rows.png", "linear-rank.png", "linear-memory.png", "linear-roof.png"]
+    assert draw(Results(STAMP, [BASE]), tmp_path / "one") == []

@@ -1,0 +1,182 @@
+"""The offline tuner on a clock whose best tile is known, the tables it writes, and how they are adopted."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import adopt, gpu, tune
+from benchmarks.adopt import checked, text_of
+from benchmarks.records import BadInput
+from benchmarks.tune import Bench, Problem, Tuner, neighbours, reaching, strategy_rows, stub_clock
+from fastlora_kernels import Tile, strategy, table, tile
+from fastlora_kernels.tables import FOLDER
+
+
+def measured(source: dict[str, Any]) -> dict[str, Any]:
+    """A table as a GPU's run would have left it."""
+    return json.loads(json.dumps(source).replace("stub clock", "measured"))
+
+
+@pytest.fixture(scope="module")
+def tuned() -> dict[str, Any]:
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 60)
+    gains = list(tuner.tiles())
+    assert {found["kernel"] for found in gains} == set(tune.KERNELS) and all(found["gain"] > 1 for found in gains)
+    tuner.strategies = lambda: iter(())  # type: ignore[method-assign]
+    return tuner.table
+
+
+def test_each_kernel_reaches_the_best_tile(tuned: dict[str, Any]) -> None:
+    best = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64}
+    for kernel, rows in tuned["tiles"].items():
+        walked = {f"BLOCK_{axis}" for axis in tune.AXES[kernel]} & set(best)
+        assert {axis: rows[0]["tile"][axis] for axis in walked} == {axis: best[axis] for axis in walked}, kernel
+        assert rows[0]["source"] == "stub clock"
+
+
+def test_a_tile_that_computes_wrong_or_does_not_compile_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench([Problem("shrink", 24, 40, 56, 4, "fp32", "fp32")], "cpu", stub_clock)
+    good, wrong, refused = Tile(32, BLOCK_K=64), Tile(16, BLOCK_K=64), Tile(64, BLOCK_K=64)
+    right = tune.run
+
+    class OutOfResources(Exception):
+        __module__ = "triton.runtime.errors"
+
+    def run(module: Any, kernel: str, t: Any, config: Tile | None = None) -> Any:
+        if config == refused:
+            raise OutOfResources
+        return tuple(result * (1.01 if config == wrong else 1) for result in right(module, kernel, t, config=config))
+
+    monkeypatch.setattr(tune, "run", run)
+    assert bench.score(good) < math.inf and bench.score(wrong) == bench.score(refused) == math.inf
+    monkeypatch.setattr(tune, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # an error of our own is not a refusal
+        bench.score(Tile(128))
+
+
+def test_no_time_leaves_the_table_as_it_was() -> None:
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() - 1)
+    assert list(tuner.tiles()) == list(tuner.strategies()) == []
+    assert tuner.table["tiles"] == table("interpreter")["tiles"]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_rows_are_tuned_on_problems_that_reach_them(arch: str) -> None:
+    for kernel in tune.KERNELS:
+        rows = table(arch)["tiles"][kernel]
+        for index, row in enumerate(rows):
+            for problem in reaching(rows, index, tune.GRIDS["cuda"].problems(kernel)):
+                assert tile(kernel, arch, problem.dtype, problem.M, problem.width, problem.R) == Tile(**row["tile"])
+
+
+def test_neighbours_are_one_step_away_and_lawful() -> None:
+    start = Tile(16, 256, 64, num_warps=8, num_stages=1)
+    around = neighbours("expand", start)
+    assert start not in around and len(set(around)) == len(around)
+    for t in around:
+        changed = [name for name, value in vars(t).items() if value != getattr(start, name)]
+        assert len(changed) == 1 and t.BLOCK_M >= 16 and t.BLOCK_N <= 256 and t.num_warps <= 8 and t.num_stages >= 1
+
+
+def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
+    times = [
+        dict(kernel="expand", dtype="bf16", N=64, K=48, M=M, fused=1.0, split=M / 700) for M in (2048, 512, 1024, 1)
+    ]
+    rows = strategy_rows(times, "measured")
+    assert [(row["strategy"], row.get("max_M")) for row in rows] == [("split", 512), ("fused", None)]
+    own = {**table("sm_90"), "strategy": [*rows, {"strategy": "split", "source": "predicted", "why": "else"}]}
+    adopt.write(tmp_path / "sm_90.json", {name: own[name] for name in ("tiles", "strategy")})
+    monkeypatch.setenv("FASTLORA_TABLES", str(tmp_path))
+    for cached in (table, strategy):
+        cached.cache_clear()
+    try:
+        bf16 = torch.bfloat16
+        assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 9999)] == ["split", "fused", "fused"]
+        assert strategy("sm_90", bf16, 1024, 64, 48, 16, "dx")[1].endswith("else")
+        assert strategy("sm_90", bf16, 1024, 48, 64, 16)[1].endswith("else")
+        assert strategy("sm_90", torch.float16, 1024, 64, 48, 16)[1].endswith("else")
+        assert table("sm_80")["tiles"] == json.loads((FOLDER / "sm_80.json").read_text())["tiles"]
+    finally:
+        monkeypatch.undo()
+        for cached in (table, strategy):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_tables_are_written_as_they_are_checked_in(path: Path) -> None:
+    assert text_of(checked(path)) == path.read_text()
+
+
+def test_adopting_installs_and_shows_the_diff(tuned: dict[str, Any], tmp_path: Path) -> None:
+    tables, source = tmp_path / "package", tmp_path / "out"
+    shutil.copytree(FOLDER, tables)
+    adopt.write(source / "tables" / "interpreter.json", measured(tuned))
+    said = adopt.adopt(source, tables, tmp_path / "results")
+    assert said.startswith("--- a/interpreter.json") and '+      {"source": "measured"' in said
+    assert checked(tables / "interpreter.json") == measured(tuned)
+    assert adopt.adopt(source, tables, tmp_path / "results") == "interpreter.json: as it is"
+
+
+def spoilt(change: str, held: dict[str, Any]) -> Any:
+    row = held["tiles"]["expand"][-1]
+    match change:
+        case "clock":
+            row["source"] = "stub clock"
+        case "bounds":
+            row["max_M"] = 64
+        case "field":
+            row["tile"]["BLOCK_Q"] = 64
+        case "kernel":
+            del held["tiles"]["dx"]
+        case "way":
+            held["strategy"][-1]["strategy"] = "both"
+        case "shape":
+            return [held]
+    return held
+
+
+@pytest.mark.parametrize("change, said", [
+    ("clock", "source 'stub clock', wanted"),
+    ("bounds", "the last row of expand has bounds"), ("shape", "got parts|not a"),
+    ("field", "unknown fields"), ("kernel", "got parts"), ("way", "'both', wanted 'fused' or 'split'"),
+])  # fmt: skip
+def test_a_bad_table_is_refused_and_nothing_is_installed(change: str, said: str, tmp_path: Path) -> None:
+    held = {name: value for name, value in table("sm_90").items() if name != "name"}
+    source, tables = tmp_path / "out", tmp_path / "package"
+    shutil.copytree(FOLDER, tables)
+    (source / "tables").mkdir(parents=True)
+    (source / "tables" / "sm_100.json").write_text((FOLDER / "sm_90.json").read_text())
+    (source / "tables" / "sm_90.json").write_text(json.dumps(spoilt(change, json.loads(json.dumps(held)))))
+    with pytest.raises(BadInput, match=said):
+        adopt.adopt(source, tables, tmp_path / "results")
+    assert all((tables / path.name).read_text() == path.read_text() for path in FOLDER.glob("*.json"))
+
+
+def test_adopting_from_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path / "missing", tmp_path):
+        assert adopt.main([str(folder)]) == 2
+        assert capsys.readouterr().err.startswith("error: FROM: ")
+
+
+def test_counters_of_a_profiler() -> None:
+    """ncu's CSV as it prints it, between lines of its own."""
+    text = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","_expand_kernel","dram__bytes_read.sum","Mbyte","100.5"
+"0","7","_expand_kernel","dram__bytes_write.sum","Kbyte","1,000"
+"0","7","_expand_kernel","gpu__time_duration.sum","us","250.0"
+"1","7","_dy_kernel","dram__bytes_read.sum","byte","12"
+==PROF== Disconnected"""
+    first, second = gpu.counters(text)
+    assert first["kernel"] == "_expand_kernel" and first["dram__bytes_read.sum"] == 100.5e6
+    assert first["dram__bytes_write.sum"] == 1e6 and first["gpu__time_duration.sum"] == pytest.approx(250e-6)
+    assert second == {"kernel": "_dy_kernel", "dram__bytes_read.sum": 12}
