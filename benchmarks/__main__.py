@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks import layers, machine, records, table
-from benchmarks.contest import Bench
+from benchmarks.contest import Bench, Found, first_line
 from benchmarks.records import SUITES, BadInput
 from benchmarks.shapes import DTYPES, SETS, expanded
 
@@ -109,7 +108,9 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     here = machine.find(args.device, quick=args.set_name == "tiny", dtypes=tuple(DTYPES))
     set_name = args.set_name or {"cpu": "cpu", "cuda": "gpu"}[here.device.type]
     rounds = args.rounds or ROUNDS[set_name]
-    bench = Bench(here, impls, rounds, set_name, tuple(args.shape), named="peft-compiled" in args.impl)
+    bench = Bench(
+        here, impls, rounds, set_name, tuple(args.shape), compile=any("compiled" in name for name in args.impl)
+    )
     stamp = {**here.stamp(arguments), "set": set_name, "rounds": rounds}
     out = args.out or RESULTS / here.slug
     wanted = list(dict.fromkeys(args.suites)) or list(SUITES)
@@ -127,10 +128,12 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
 
 def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline: float | None) -> int:
     """Run one suite, its file rewritten after each case.   Returns how many results the gate refused."""
-    if importlib.util.find_spec(f"benchmarks.{name}") is None:
-        print(f"{name}: not there yet, skipped", file=sys.stderr)
+    try:
+        suite = importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        reason = "not there yet" if error.name == f"benchmarks.{name}" else f"needs {error.name}"
+        print(f"{name}: {reason}, skipped", file=sys.stderr)
         return 0
-    suite = importlib.import_module(f"benchmarks.{name}")
     found: list[records.Record] = []
     refused: list[str] = []
     cases = suite.cases(bench)
@@ -141,7 +144,10 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
             break
         table.bar(done, len(cases), f"{name} {case.name}")
         torch.manual_seed(done)
-        of_case = suite.measure(case, bench)
+        try:
+            of_case = suite.measure(case, bench)
+        except Exception as error:  # one case out of memory must not cost the others
+            of_case = Found(refused=[f"{case.name}: {first_line(error)}"])
         found += of_case.records
         refused += of_case.refused
         table.clear()

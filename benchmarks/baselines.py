@@ -1,8 +1,8 @@
-"""Published formulations of the LoRA layer, written here in plain torch as autograd rules, to time fastlora beside.
+"""Published formulations of the LoRA layer, written here in plain torch, to time fastlora beside.
 
 They keep what makes each formulation what it is: the order of its products, what it saves, what it adds in place.
-Both round the adapters to x's dtype as the originals do, so where the two differ they miss the tolerance and are not
-run.
+Unsloth's and LoRAFusion's round the adapters to x's dtype, so where the two dtypes differ they miss the tolerance and
+are not run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import dropout, linear
 
 
 class _InPlaceAdd(torch.autograd.Function):
@@ -68,6 +68,18 @@ class _DroppedSaved(torch.autograd.Function):
         else:
             dx.add_(torch.ops.aten.native_dropout_backward(dh @ a, mask, 1 / (1 - ctx.p)))
         return dx, None, None, da, db, None, None
+
+
+def peft_style(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+) -> Callable[[], Tensor]:
+    """PEFT's lora.Linear without its modules; what stands in for it on a machine without PEFT."""
+
+    def call() -> Tensor:
+        h = linear(dropout(x.to(a.dtype), p), a)
+        return (linear(x, w, bias) + linear(h, b) * scale).to(x.dtype)
+
+    return call
 
 
 def unsloth_style(

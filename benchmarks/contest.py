@@ -25,7 +25,7 @@ class Bench:
     rounds: int
     set_name: str
     shapes: tuple[str, ...] = ()
-    named: bool = False  # whether the implementations were chosen by name, rather than all of them
+    compile: bool = False  # at every case, rather than only at those worth its time
 
 
 @dataclass
@@ -50,6 +50,12 @@ class Subject:
     adapter_dtype: str
     p: float
     G: int = 1
+
+
+def first_line(error: Exception) -> str:
+    """An error as one line: a refusal of the gate as it is, anything else with its type."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
 
 
 def record(

@@ -10,15 +10,15 @@ fresh dropout mask from torch's own generator each time; None says that the impl
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Iterable
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import fastlora
-from benchmarks.baselines import lorafusion_style, unsloth_style
+from benchmarks.baselines import lorafusion_style, peft_style, unsloth_style
 from benchmarks.records import BadInput
 
 Call = Callable[[], Tensor]
@@ -38,9 +38,18 @@ def peft(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale:
 
 
 def peft_compiled(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Call:
+    return _compiled(peft(x, w, bias, a, b, scale, p))
+
+
+def peft_style_compiled(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float
+) -> Call:
+    return _compiled(peft_style(x, w, bias, a, b, scale, p))
+
+
+def _compiled(call: Call) -> Call:
     torch._dynamo.reset()  # every case is a new shape, and recompilations are limited in number
-    layer = torch.compile(_peft_model(w, bias, a, b, scale, p)[0], dynamic=False)
-    return lambda: layer(x)
+    return torch.compile(call, dynamic=False)
 
 
 def reference(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Call:
@@ -76,6 +85,8 @@ def _parameters(*tensors: Tensor) -> list[nn.Parameter]:
 
 def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> nn.Sequential:
     """PEFT's own lora.Linear over these tensors, in training mode, as the only layer of a model."""
+    from peft import LoraConfig, inject_adapter_in_model  # where there is no peft, nothing here needs it
+
     R = a.shape[0]
     config = LoraConfig(r=R, lora_alpha=scale * R, lora_dropout=p, target_modules=["0"])
     model = inject_adapter_in_model(config, nn.Sequential(_base(w, bias))).train()
@@ -84,16 +95,18 @@ def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
     return model
 
 
+_OVER_PEFT: dict[str, Build] = {"peft": peft, "peft-compiled": peft_compiled, "fastlora-patched": ours_patched}
+_FOR_PEFT: dict[str, Build] = {"peft-style": peft_style, "peft-style-compiled": peft_style_compiled}
+
 IMPLS: dict[str, Build] = {
     FLOOR: frozen,
-    "peft": peft,
-    "peft-compiled": peft_compiled,
+    **(_OVER_PEFT if importlib.util.find_spec("peft") else _FOR_PEFT),
     "reference": reference,
     "unsloth-style": unsloth_style,
     "lorafusion-style": lorafusion_style,
     "fastlora": ours,
-    "fastlora-patched": ours_patched,
 }
+"""By name; where peft is not installed, its formulation in plain torch stands in for it."""
 
 
 def chosen(names: Iterable[str], plugins: Iterable[str]) -> dict[str, Build]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.clock import Entry, peak, race
-from benchmarks.contest import Bench, Found, Subject, record
-from benchmarks.gate import Gate, Operands, Refused
+from benchmarks.contest import Bench, Found, Subject, first_line, record
+from benchmarks.gate import Gate, Operands
 from benchmarks.layers import FLOOR, Call
 from benchmarks.shapes import DTYPES, Case
 from benchmarks.shapes import cases as cases_of
@@ -42,17 +42,15 @@ def admitted(operands: Operands, case: Case, bench: Bench, found: Found) -> tupl
     """(calls, relative errors) of the implementations that apply and pass the gate; the others' refusals in found."""
     gate, calls, errors = Gate(operands), {}, {}
     for impl, build in bench.impls.items():
-        if impl == "peft-compiled" and not (case.compiled or bench.named):
+        if impl.endswith("-compiled") and not (case.compiled or bench.compile):
             continue  # it would spend longer compiling than all others take to run
-        call = operands.built(build)
-        if call is None:
-            continue
         try:
-            errors[impl] = gate.error(impl, build, call)
-        except Refused as refusal:
-            found.refused.append(f"{case.name} {impl}: {refusal}")
-        else:
-            calls[impl] = call
+            call = operands.built(build)
+            if call is not None:
+                errors[impl] = gate.error(impl, build, call)
+                calls[impl] = call
+        except Exception as error:  # whatever an implementation raises is the finding
+            found.refused.append(f"{case.name} {impl}: {first_line(error)}")
     return calls, errors
 
 

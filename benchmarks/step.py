@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from benchmarks.clock import Entry, peak, race
-from benchmarks.contest import Bench, Found, Subject, record
+from benchmarks.contest import Bench, Found, Subject, first_line, record
 from benchmarks.layers import FLOOR
 from benchmarks.shapes import DTYPES, mix
 
@@ -95,7 +95,7 @@ def measure(case: Case, bench: Bench) -> Found:
         try:
             errors[impl] = _gate(model, case, impl)
         except AssertionError as refusal:
-            found.refused.append(f"{case.name} {impl}: {refusal}")
+            found.refused.append(f"{case.name} {impl}: {first_line(refusal)}")
             del sides[impl]
     step = _step(model, _tokens(case, bench.machine.device))
     entries = [Entry(impl, "step", lambda _: step(), lambda use=use: use(model), False) for impl, use in sides.items()]
