@@ -29,7 +29,7 @@ import torch
 from benchmarks import layers, machine, records, table
 from benchmarks.contest import Bench, Found, first_line
 from benchmarks.records import SUITES, BadInput
-from benchmarks.shapes import DTYPES, SETS, expanded
+from benchmarks.shapes import SETS, expanded
 
 COMMANDS = ("compare", "report")
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -105,7 +105,7 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     expanded(args.shape)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise BadInput(f"--out: {args.out} is a file, wanted a folder")
-    here = machine.find(args.device, quick=args.set_name == "tiny", dtypes=tuple(DTYPES))
+    here = machine.find(args.device, quick=args.set_name == "tiny")
     set_name = args.set_name or {"cpu": "cpu", "cuda": "gpu"}[here.device.type]
     rounds = args.rounds or ROUNDS[set_name]
     bench = Bench(

@@ -73,10 +73,9 @@ def record(
     floor = times.get((FLOOR, key[1]))
     p20, median, p80 = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     roof = None
-    if work is not None:
-        ceilings = machine.ceilings
-        seconds = work.seconds(ceilings.matmul_tflop_s[subject.dtype] * 1e12, ceilings.copy_gb_s * 1e9)
-        roof = seconds * 1e3 / median
+    rate = machine.ceilings.matmul_tflop_s.get(subject.dtype)
+    if work is not None and rate is not None:
+        roof = work.seconds(rate * 1e12, machine.ceilings.copy_gb_s * 1e9) * 1e3 / median
     return Record(
         **{name: getattr(subject, name) for name in Subject.__dataclass_fields__},
         impl=key[0],

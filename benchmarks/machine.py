@@ -72,7 +72,7 @@ class Machine:
         }
 
 
-def find(kind: str | None, *, dtypes: Sequence[str], quick: bool) -> Machine:
+def find(kind: str | None, quick: bool) -> Machine:
     """The device of that kind ("cpu", "cuda", or whichever there is), measured.   Raises BadInput if it is not there.
 
     quick: measure on small operands, for tests, whose ceilings mean little.
@@ -83,7 +83,7 @@ def find(kind: str | None, *, dtypes: Sequence[str], quick: bool) -> Machine:
     device = torch.device(kind or there[0])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     flush = torch.ones((2**20 if quick else 2 * _cache_bytes(device)) // 4, device=device)
-    return Machine(device, name, torch.get_num_threads(), _ceilings(device, dtypes, quick), flush)
+    return Machine(device, name, torch.get_num_threads(), _ceilings(device, quick), flush)
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def pinned(threads: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, allowed)
 
 
-def _ceilings(device: torch.device, dtypes: Sequence[str], quick: bool) -> Ceilings:
+def _ceilings(device: torch.device, quick: bool) -> Ceilings:
     """The best of a few: a copy larger than every cache, and square matmuls."""
     size = 2**22 if quick else (2**28 if device.type == "cpu" else 2**30)
     side = 256 if quick else (1536 if device.type == "cpu" else 8192)
@@ -112,7 +112,7 @@ def _ceilings(device: torch.device, dtypes: Sequence[str], quick: bool) -> Ceili
     target = torch.empty_like(source)
     copied = 2 * size / _best(lambda: target.copy_(source), device)
     rates = {}
-    for dtype in dtypes:
+    for dtype in DTYPES if device.type == "cuda" else ("fp32", "bf16"):  # fp16 has no arithmetic on most CPUs
         left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
         rates[dtype] = 2 * side**3 / _best(lambda l=left, r=right: l @ r, device) / 1e12
     return Ceilings(copied / 1e9, rates)

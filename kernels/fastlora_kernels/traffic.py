@@ -58,11 +58,10 @@ class Layer:
         big = (M * K + N * K + M * N) * self.main
         return Work(2 * M * N * (K + R), big + M * R * FP32 + N * R * self.adapter)
 
-    def add(self, width: int, write_only: bool = False) -> Work:
-        """t += scale·f·g over t: [M, width], f: [M, R]; write_only where there is no t to read."""
+    def add(self, width: int) -> Work:
+        """t += scale·f·g in place over t: [M, width], f: [M, R]."""
         M, R = self.M, self.R
-        passes = 1 if write_only else 2
-        return Work(2 * M * width * R, passes * M * width * self.main + M * R * FP32 + R * width * self.adapter)
+        return Work(2 * M * width * R, 2 * M * width * self.main + M * R * FP32 + R * width * self.adapter)
 
     def dy(self) -> Work:
         """dh = scale·dy·b   and   db = scale·dyᵀ·h, dy read once."""
