@@ -5,6 +5,9 @@ implementation draws a mask of its own, so the gate reads it off: with w = 0, dx
 where x was dropped. After the same `manual_seed` the real layer must draw that mask again, and float64 and plain torch
 are computed under it. The mask must drop a share p of the elements, within six standard deviations; what it multiplies
 the rest by is 1/(1−p), or that of the p that 16 bits hold, whichever da is nearer to.
+
+With few rows the two errors are means of few roundings and their ratio is half chance, so a result that exceeds the
+policy's factor, yet not by far, is drawn again many times: the geometric mean of its ratios is then what counts.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from tolerance import FACTOR, one_rounding, relative_error
+from tolerance import FACTOR, FACTOR_OF_ONE_AMONG_MANY, one_rounding, relative_error
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -21,6 +24,8 @@ from benchmarks.layers import FLOOR, Build, Call
 from fastlora import reference
 
 SEED = 20260
+DRAWS = 16
+"""How often a result in doubt is drawn again: one ratio scatters by about a quarter at M = 1, their mean by 6 %."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,11 @@ class Operands:
             p=p,
         )
 
+    def again(self) -> Operands:
+        """Other operands of the same sizes and dtypes."""
+        (M, K), (N, R) = self.x.shape, self.b.shape
+        return Operands.random(M, K, N, R, self.x.dtype, self.a.dtype, self.p, self.x.device)
+
     def built(self, build: Build) -> Call | None:
         return build(self.x, self.w, None, self.a, self.b, self.scale, self.p)
 
@@ -73,23 +83,49 @@ class Drawn:
 
 
 class Gate:
-    """Judges implementations on one layer's operands."""
+    """Judges implementations on one layer's operands.   seed: of the dropout masks."""
 
-    def __init__(self, operands: Operands) -> None:
-        self.operands = operands
+    def __init__(self, operands: Operands, seed: int = SEED) -> None:
+        self.operands, self.seed = operands, seed
         self._twins: tuple[dict[str, Tensor], dict[str, Tensor]] | None = None
 
     def error(self, impl: str, build: Build, call: Call) -> float:
         """The largest relative error among the results.   call: what build made of the operands.   Raises Refused."""
-        t = self.operands
         if impl == FLOOR:
             return self._frozen_error(call())
+        errors = self._errors(build, call)
+        for name, (error, baseline) in errors.items():
+            if not error <= FACTOR_OF_ONE_AMONG_MANY * baseline:
+                raise Refused(f"{name}: error {error:.2e}, allowed {FACTOR * baseline:.2e}")
+        doubtful = {name for name, (error, baseline) in errors.items() if error > FACTOR * baseline}
+        if doubtful:
+            self._redraw(build, doubtful)
+        return max(error for error, _ in errors.values())
+
+    def _redraw(self, build: Build, doubtful: set[str]) -> None:
+        logs: dict[str, float] = dict.fromkeys(doubtful, 0.0)
+        for seed in range(self.seed + 1, self.seed + 1 + DRAWS):
+            torch.manual_seed(seed)
+            fresh = Gate(self.operands.again(), seed)
+            call = fresh.operands.built(build)
+            if call is None:
+                raise Refused("it applies to these operands, and not to others like them")
+            for name, (error, baseline) in fresh._errors(build, call).items():
+                if name in doubtful:
+                    logs[name] += math.log(max(error, baseline / 2) / baseline) / DRAWS  # an exact result is no licence
+        for name, mean in logs.items():
+            if not mean <= math.log(FACTOR):
+                raise Refused(f"{name}: error {math.exp(mean):.2f} times plain torch's, on the mean of {DRAWS} draws")
+
+    def _errors(self, build: Build, call: Call) -> dict[str, tuple[float, float]]:
+        """Of each result, its relative error and plain torch's, which is at least one rounding over the factor."""
+        t = self.operands
         drawn = self._mask(build) if t.p > 0 else None
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         y = call()
         actual = _named(y, torch.autograd.grad(y, t.leaves, t.dy))
         exact, plain = self._expected(drawn)
-        return max(_judged(name, actual[name], plain[name], exact[name]) for name in exact)
+        return {name: _compared(name, actual[name], plain[name], exact[name]) for name in exact}
 
     def _frozen_error(self, y: Tensor) -> float:
         t = self.operands
@@ -102,7 +138,7 @@ class Gate:
         call = replace(t, w=torch.zeros_like(t.w)).built(build)
         if call is None:
             raise Refused("it applies to these operands, and not to the same with w = 0")
-        torch.manual_seed(SEED)
+        torch.manual_seed(self.seed)
         dx, da = torch.autograd.grad(call(), (t.x, t.a), t.dy)
         keep = dx != 0
         spread = 6 * math.sqrt(t.p * (1 - t.p) / keep.numel())
@@ -140,14 +176,11 @@ def _named(y: Tensor, grads: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return dict(zip(("y", "dx", "da", "db"), (y.detach(), *grads), strict=True))
 
 
-def _judged(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> float:
+def _compared(name: str, actual: Tensor, plain: Tensor, exact: Tensor) -> tuple[float, float]:
     if actual.dtype != plain.dtype:
         raise Refused(f"{name}: dtype {actual.dtype}, wanted {plain.dtype}")
     try:
         error = relative_error(actual, exact)
     except AssertionError as refusal:  # shapes, or what is finite, differ
         raise Refused(f"{name}: {refusal}") from refusal
-    allowed = max(FACTOR * relative_error(plain, exact), one_rounding(actual.dtype))
-    if not error <= allowed:
-        raise Refused(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
-    return error
+    return error, max(relative_error(plain, exact), one_rounding(actual.dtype) / FACTOR)
