@@ -95,16 +95,18 @@ def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
     return model
 
 
-_OVER_PEFT: dict[str, Build] = {"peft": peft, "peft-compiled": peft_compiled, "fastlora-patched": ours_patched}
+_HAS_PEFT = importlib.util.find_spec("peft") is not None
+_PEFT: dict[str, Build] = {"peft": peft, "peft-compiled": peft_compiled}
 _FOR_PEFT: dict[str, Build] = {"peft-style": peft_style, "peft-style-compiled": peft_style_compiled}
 
 IMPLS: dict[str, Build] = {
     FLOOR: frozen,
-    **(_OVER_PEFT if importlib.util.find_spec("peft") else _FOR_PEFT),
+    **(_PEFT if _HAS_PEFT else _FOR_PEFT),
     "reference": reference,
     "unsloth-style": unsloth_style,
     "lorafusion-style": lorafusion_style,
     "fastlora": ours,
+    **({"fastlora-patched": ours_patched} if _HAS_PEFT else {}),
 }
 """By name; where peft is not installed, its formulation in plain torch stands in for it."""
 

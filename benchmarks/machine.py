@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from benchmarks.shapes import DTYPES
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "triton", "peft", "transformers")
-REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -105,29 +105,30 @@ def pinned(threads: int | None) -> Iterator[None]:
 
 
 def _ceilings(device: torch.device, quick: bool) -> Ceilings:
-    """The best of a few: a copy larger than every cache, and square matmuls."""
+    """The best of many: a copy larger than every cache, and square matmuls."""
     size = 2**22 if quick else (2**28 if device.type == "cpu" else 2**30)
-    side = 256 if quick else (1536 if device.type == "cpu" else 8192)
+    side = 256 if quick else (1024 if device.type == "cpu" else 8192)
+    seconds = 0.01 if quick else 0.5
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    copied = 2 * size / _best(lambda: target.copy_(source), device)
+    copied = 2 * size / _best(lambda: target.copy_(source), device, seconds)
     rates = {}
     for dtype in DTYPES if device.type == "cuda" else ("fp32", "bf16"):  # fp16 has no arithmetic on most CPUs
         left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
-        rates[dtype] = 2 * side**3 / _best(lambda l=left, r=right: l @ r, device) / 1e12
+        rates[dtype] = 2 * side**3 / _best(partial(torch.mm, left, right), device, seconds) / 1e12
     return Ceilings(copied / 1e9, rates)
 
 
-def _best(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of the fastest of a few runs, after one that warms up."""
-    seconds = []
-    for _ in range(1 + REPEATS):
+def _best(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest run among as many as fit, after one that warms up."""
+    times = []
+    while len(times) < 4 or sum(times) < seconds:
         synchronize(device)
         start = time.perf_counter()
         run()
         synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -5,6 +5,8 @@ Evaluation is a forward under `no_grad`; training is a forward that autograd rec
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def measure(case: Case, bench: Bench) -> Found:
     return found
 
 
-def _run(impl: str, call: Call, operands: Operands, mode: str):
+def _run(impl: str, call: Call, operands: Operands, mode: str) -> Callable[[None], object]:
     leaves = operands.leaves[:1] if impl == FLOOR else operands.leaves
 
     def evaluate(_: None) -> Tensor:
