@@ -1,8 +1,12 @@
-"""python -m fastlora info [--json]: versions, device, what each op resolves to and why, and a self-check."""
+"""python -m fastlora info [--json]: versions, device, what each op resolves to and why, and a self-check.
+
+python -m fastlora bench …: the same as python -m benchmarks …, from a checkout.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -98,12 +102,29 @@ def _show(facts: dict[str, Any], indent: str = "") -> None:
             print(f"{indent}{key:<14} {f'{value:.2e}' if isinstance(value, float) else value}")
 
 
+def _bench(arguments: list[str]) -> int:
+    """Hand over to the bench, which is no part of the package."""
+    try:
+        bench = importlib.import_module("benchmarks.__main__")
+    except ModuleNotFoundError as error:
+        print(f"error: bench: it lives in the checkout, whose root is not here (no {error.name})", file=sys.stderr)
+        return 2
+    code: int = bench.main(arguments)
+    return code
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastlora", description="fastlora: what it is running on")
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["bench"]:  # its own parser takes the rest, --help too
+        return _bench(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastlora", description="fastlora: what it is running on, and how fast"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="versions, device, the path of each op and why, a self-check")
     show.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    args = parser.parse_args(argv)
+    commands.add_parser("bench", help="time the kernels beside their peers, from a checkout; see bench --help")
+    args = parser.parse_args(arguments)
     try:
         facts = info()
     except RuntimeError as error:  # the kernels were demanded where they cannot run

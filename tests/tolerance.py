@@ -31,7 +31,8 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     Positions where exact is not finite must be the same in actual (NaN for NaN, the same inf) and then drop out.
     """
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}, wanted {tuple(exact.shape)}"
-    actual, exact = actual.detach().double().cpu(), exact.detach().double().cpu()
+    exact = exact.detach().double()
+    actual = actual.detach().double().to(exact.device)
     finite = exact.isfinite()
     assert torch.equal(actual.isfinite(), finite), "finite and non-finite positions differ"
     if not finite.all():

@@ -1,0 +1,160 @@
+"""python -m benchmarks [SUITE…]: time LoRA's implementations beside each other, gated by correctness.
+
+    python -m benchmarks                                  every suite on this machine's GPU, or on its CPU
+    python -m benchmarks linear --shape llama-3-8b.down   one suite over one shape
+    python -m benchmarks compare OLD NEW                  what moved beyond noise
+    python -m benchmarks report                           docs/benchmarks.md from the results
+
+A plugin is an implementation of yours, `--plugin module:function`, called once a case as
+
+    function(x, w, bias, a, b, scale, p) -> callable or None
+
+with x: [M, K], w: [N, K], bias: [N] or None, a: [R, K], b: [N, R] and two numbers. The callable takes nothing and
+returns y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ, differentiable to x, a and b, its dropout mask drawn anew at each call
+from torch's generator; None says that it does not apply. It passes the same gate as ours, or is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from benchmarks import layers, machine, records, table
+from benchmarks.contest import Bench, Found, first_line
+from benchmarks.records import SUITES, BadInput
+from benchmarks.shapes import SETS, expanded
+
+COMMANDS = ("compare", "report")
+RESULTS = machine.ROOT / "benchmarks" / "results"
+ROUNDS = {"tiny": 3, "cpu": 20, "gpu": 30}
+INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line and an exit code, as all bad input is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"any of {', '.join(SUITES)}; all unless given")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU unless given, the CPU where there is none")
+    parser.add_argument("--set", choices=SETS, dest="set_name", help="which cases: cpu or gpu by the device, or tiny")
+    parser.add_argument(
+        "--shape", nargs="+", default=[], metavar="NAME", help="of linear: a model, or model.projection"
+    )
+    parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(layers.IMPLS)}")
+    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE:FUNCTION", help="one more; see above")
+    parser.add_argument("--rounds", type=_positive, help=f"timed rounds a case; by set {ROUNDS}")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that begins later than this")
+    parser.add_argument("--threads", type=_positive, help="of a CPU, each on a core of its own")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where SUITE.json goes; benchmarks/results/<device>")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number ≥ 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench.   Returns 0, 1 where a result was refused, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return _command(arguments)
+        args = _parser().parse_args(arguments)
+        with machine.pinned(args.threads):
+            return _run(args, arguments)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the results so far are written", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        table.clear()
+
+
+def _command(arguments: list[str]) -> int:
+    parser = _Parser(prog="python -m benchmarks")
+    module = importlib.import_module(f"benchmarks.{arguments[0]}")
+    module.add_parser(parser.add_subparsers(required=True))
+    args = parser.parse_args(arguments)
+    code: int = args.func(args)
+    return code
+
+
+def _run(args: argparse.Namespace, arguments: list[str]) -> int:
+    for suite in args.suites:
+        if suite not in SUITES:
+            raise BadInput(f"suite: got {suite!r}, wanted some of {', '.join(SUITES)}, or {' or '.join(COMMANDS)}")
+    impls = layers.chosen(args.impl, args.plugin)
+    expanded(args.shape)
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise BadInput(f"--out: {args.out} is a file, wanted a folder")
+    here = machine.find(args.device, quick=args.set_name == "tiny")
+    set_name = args.set_name or {"cpu": "cpu", "cuda": "gpu"}[here.device.type]
+    rounds = args.rounds or ROUNDS[set_name]
+    bench = Bench(
+        here, impls, rounds, set_name, tuple(args.shape), compile=any("compiled" in name for name in args.impl)
+    )
+    stamp = {**here.stamp(arguments), "set": set_name, "rounds": rounds}
+    out = args.out or RESULTS / here.slug
+    wanted = list(dict.fromkeys(args.suites)) or list(SUITES)
+    deadline = time.monotonic() + args.budget if args.budget is not None else None
+    print(f"{here.name}, {here.threads} threads: copy {here.ceilings.copy_gb_s:.1f} GB/s, matmul TFLOP/s "
+          + ", ".join(f"{dtype} {rate:.2f}" for dtype, rate in here.ceilings.matmul_tflop_s.items()))  # fmt: skip
+    refused = 0
+    for index, name in enumerate(wanted):
+        share = None
+        if deadline is not None:  # what is left, shared among the suites that are left
+            share = time.monotonic() + (deadline - time.monotonic()) / (len(wanted) - index)
+        refused += _suite(name, bench, stamp, out / f"{name}.json", share)
+    return 1 if refused else 0
+
+
+def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline: float | None) -> int:
+    """Run one suite, its file rewritten after each case.   Returns how many results the gate refused."""
+    try:
+        suite = importlib.import_module(f"benchmarks.{name}")
+    except ModuleNotFoundError as error:
+        reason = "not there yet" if error.name == f"benchmarks.{name}" else f"needs {error.name}"
+        print(f"{name}: {reason}, skipped", file=sys.stderr)
+        return 0
+    found: list[records.Record] = []
+    refused: list[str] = []
+    cases = suite.cases(bench)
+    print(f"\n{name}: {len(cases)} cases, {bench.rounds} rounds\n{table.HEADER}")
+    for done, case in enumerate(cases):
+        if deadline is not None and time.monotonic() > deadline:
+            print(f"{name}: out of time, {len(cases) - done} of {len(cases)} cases left out", file=sys.stderr)
+            break
+        table.bar(done, len(cases), f"{name} {case.name}")
+        torch.manual_seed(done)
+        try:
+            of_case = suite.measure(case, bench)
+        except Exception as error:  # one case out of memory must not cost the others
+            of_case = Found(refused=[f"{case.name}: {first_line(error)}"])
+        found += of_case.records
+        refused += of_case.refused
+        table.clear()
+        print(table.rows(of_case.records, of_case.refused), flush=True)
+        records.write(path, {**stamp, "refused": refused}, found)
+    return len(refused)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

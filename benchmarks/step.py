@@ -1,0 +1,170 @@
+"""Suite `step`: a whole training step of a small Llama through PEFT, its LoRA layers PEFT's own or patched.
+
+All sides share every tensor: they differ in the class of the LoRA layers, or in whether adapters are on. The frozen
+model runs without adapters, its backward from the loss down to the embeddings' output, as every side's does.
+The gate compares loss and gradients in evaluation mode, for masks differ from side to side; dropout is `linear`'s.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a model from config asks nobody
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tolerance import assert_all_close, relative_error
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fastlora
+from benchmarks.clock import Entry, peak, race
+from benchmarks.contest import Bench, Found, Subject, first_line, record
+from benchmarks.layers import FLOOR
+from benchmarks.shapes import DTYPES, mix
+
+DRAWS = 3
+GATE_TOKENS = 256
+"""To a sequence: in float64 attention keeps its whole matrix."""
+RANK = 16
+
+
+@dataclass(frozen=True)
+class Size:
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    vocab: int
+    batch: int
+    tokens: int
+
+
+SIZES = {
+    "tiny": Size(32, 48, 1, 4, 64, 2, 8),
+    "cpu": Size(256, 768, 4, 8, 2000, 4, 64),
+    "gpu": Size(2048, 8192, 4, 32, 32000, 4, 2048),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    size: Size
+    dtype: str
+    adapter_dtype: str
+    p: float
+
+    @property
+    def name(self) -> str:
+        s = self.size
+        dtypes = mix(self.dtype, self.adapter_dtype)
+        return f"llama {s.layers}x{s.hidden} batch {s.batch}x{s.tokens} r{RANK} {dtypes} p{self.p:g}"
+
+
+def cases(bench: Bench) -> list[Case]:
+    mixes = {"tiny": (("fp32", "fp32"),), "gpu": (("bf16", "fp32"), ("bf16", "bf16"))}
+    pairs = mixes.get(bench.set_name, (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")))
+    return [Case(SIZES[bench.set_name], *pair, p) for pair in pairs for p in (0.0, 0.1)]
+
+
+def _frozen(model: PeftModel) -> None:
+    fastlora.unpatch(model)
+    model.base_model.disable_adapter_layers()
+
+
+def _peft(model: PeftModel) -> None:
+    fastlora.unpatch(model)
+    model.base_model.enable_adapter_layers()
+
+
+def _fastlora(model: PeftModel) -> None:
+    model.base_model.enable_adapter_layers()
+    fastlora.patch(model, strict=True)
+
+
+SIDES: dict[str, Callable[[PeftModel], None]] = {FLOOR: _frozen, "peft": _peft, "fastlora": _fastlora}
+
+
+def measure(case: Case, bench: Bench) -> Found:
+    """Gate fastlora's step against PEFT's and float64's, then race the sides."""
+    model, found = _model(case, bench.machine.device), Found()
+    sides = {impl: use for impl, use in SIDES.items() if impl in bench.impls}
+    errors: dict[str, float | None] = dict.fromkeys(sides)
+    for impl in [impl for impl in sides if impl != FLOOR]:
+        try:
+            errors[impl] = _gate(model, case, impl)
+        except AssertionError as refusal:
+            found.refused.append(f"{case.name} {impl}: {first_line(refusal)}")
+            del sides[impl]
+    step = _step(model, _tokens(case, bench.machine.device))
+    entries = [Entry(impl, "step", lambda _: step(), lambda use=use: use(model), False) for impl, use in sides.items()]
+    times = race(entries, bench.rounds, bench.machine.flush)
+    M = case.size.batch * case.size.tokens
+    subject = Subject("step", case.name, M, 0, 0, RANK, case.dtype, case.adapter_dtype, case.p)
+    for entry in entries:
+        most = peak(entry, bench.machine.device)
+        key = entry.impl, entry.pass_
+        found.records.append(record(subject, key, times, bench.machine, peak=most, error=errors[entry.impl]))
+    return found
+
+
+def _model(case: Case, device: torch.device) -> PeftModel:
+    s = case.size
+    config = LlamaConfig(
+        vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_hidden_layers=s.layers,
+        num_attention_heads=s.heads, num_key_value_heads=s.heads // 2, max_position_embeddings=s.tokens,
+        use_cache=False,
+    )  # fmt: skip
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=case.p, target_modules="all-linear")
+    base = LlamaForCausalLM(config).to(device, DTYPES[case.dtype])
+    model = get_peft_model(base, lora, autocast_adapter_dtype=case.adapter_dtype == "fp32")
+    model.enable_input_require_grads()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # PEFT's zeros would hide half of the gradients
+            torch.nn.init.normal_(parameter, std=RANK**-0.5 / 10)
+    return model
+
+
+def _tokens(case: Case, device: torch.device) -> Tensor:
+    return torch.randint(case.size.vocab, (case.size.batch, case.size.tokens), device=device)
+
+
+def _step(model: PeftModel, tokens: Tensor) -> Callable[[], None]:
+    """Forward, backward and the optimizer, whose learning rate of zero leaves the model as it was."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _gate(model: PeftModel, case: Case, impl: str) -> float:
+    """The largest relative error among loss and gradients.   Raises AssertionError where the policy refuses them."""
+    model.eval()
+    _peft(model)
+    exact_model = copy.deepcopy(model).double()
+    draws = []
+    for _ in range(DRAWS):
+        tokens = _tokens(case, model.device)[:, :GATE_TOKENS]
+        exact, plain = _results(exact_model, tokens), _results(model, tokens)
+        SIDES[impl](model)
+        draws.append((_results(model, tokens), plain, exact))
+        _peft(model)
+    assert_all_close(draws)
+    return max(relative_error(actual[name], exact[name]) for actual, _, exact in draws for name in exact)
+
+
+def _results(model: PeftModel, tokens: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"loss": loss.detach(), **grads}

@@ -1,0 +1,256 @@
+"""python -m benchmarks on its tiny set: the files' contract, the gate, bad input, suites that are not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import run
+from torch import Tensor
+from torch.nn.functional import dropout, linear
+
+from benchmarks import clock, layers, records
+from benchmarks import linear as linear_suite
+from benchmarks.__main__ import main
+from benchmarks.baselines import peft_style
+from benchmarks.clock import Entry
+from benchmarks.gate import Gate, Operands, Refused
+from benchmarks.shapes import SHAPES, cases
+from fastlora import __main__ as front
+
+torch.set_num_threads(1)  # for operands this small, threads only wait for each other
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--device", "cpu", "--set", "tiny", "--rounds", "2", "--threads", "1"]
+
+
+def bench(out: Path, *arguments: str) -> int:
+    return main([*arguments, *QUICK, "--out", str(out)])
+
+
+def test_the_tiny_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(tmp_path) == 0
+    shown = capsys.readouterr()
+    for suite in ("block", "multi"):
+        if f"{suite}: not there yet, skipped" in shown.err:
+            assert not (tmp_path / f"{suite}.json").exists()
+    for suite in ("linear", "step", "overhead"):
+        found = records.read(tmp_path / f"{suite}.json")
+        assert len({r.key for r in found.records}) == len(found.records), "suite, case, pass and impl name a record"
+        for r in found.records:
+            assert r.suite == suite and 0 < r.p20_ms <= r.median_ms <= r.p80_ms
+            assert r.case in shown.out and r.impl in shown.out
+            if r.impl == layers.FLOOR:
+                assert r.ratio_to_frozen == 1
+        assert {layers.FLOOR, "peft", "fastlora"} <= {r.impl for r in found.records}
+        assert found.stamp["refused"] == []
+    linears = records.read(tmp_path / "linear.json")
+    assert {r.pass_ for r in linears.records} == {"forward", "backward", "both"}
+    assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in linears.records)
+    assert "unsloth-style" not in {r.impl for r in linears.records if r.p > 0}, "it has no dropout"
+
+
+def test_the_files_are_the_contract(tmp_path: Path) -> None:
+    assert bench(tmp_path, "linear", "--impl", "fastlora") == 0
+    held = json.loads((tmp_path / "linear.json").read_text())
+    assert set(held) == {"stamp", "records"}
+    assert set(held["records"][0]) == {
+        "suite", "case", "pass", "impl", "median_ms", "p20_ms", "p80_ms", "peak_mb", "ratio_to_frozen",
+        "roof_fraction", "rel_error", "M", "K", "N", "R", "dtype", "adapter_dtype", "p", "G",
+    }  # fmt: skip
+    stamp = held["stamp"]
+    assert {"device", "driver", "threads", "ceilings", "versions", "commit", "dirty", "date", "command"} <= set(stamp)
+    assert stamp["versions"]["torch"] == torch.__version__
+    assert stamp["command"].startswith("python -m benchmarks linear --impl fastlora")
+
+
+def test_a_shape_by_name_and_the_front_door(tmp_path: Path) -> None:
+    arguments = ["bench", "linear", "--impl", "fastlora", "--shape", "tiny", *QUICK, "--out", str(tmp_path)]
+    assert front.main(arguments) == 0
+    assert {r.impl for r in records.read(tmp_path / "linear.json").records} == {layers.FLOOR, "fastlora"}
+
+
+def test_without_a_checkout_the_front_door_says_so(tmp_path: Path) -> None:
+    paths = [p for p in sys.path if p and Path(p) != ROOT and (Path(p) / "torch").exists()]
+    for package in ("fastlora", "kernels/fastlora_kernels"):
+        (tmp_path / Path(package).name).symlink_to(ROOT / package)
+    done = subprocess.run(
+        [sys.executable, "-m", "fastlora", "bench"], cwd=tmp_path, capture_output=True, text=True,
+        env={"PYTHONPATH": ":".join([str(tmp_path), *paths]), "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: bench: it lives in the checkout")
+
+
+def wrong_scale(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Any:
+    """A plugin whose update is one percent too large."""
+    return peft_style(x, w, bias, a, b, scale * 1.01, p)
+
+
+def no_dropout(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Any:
+    return peft_style(x, w, bias, a, b, scale, 0.0)
+
+
+def other_mask_in_backward(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, scale: float, p: float) -> Any:
+    """y and da under one mask, dx under another: what a seed drawn again gets wrong."""
+
+    def call() -> Tensor:
+        for_a = linear(dropout(x.detach().to(a.dtype), p), a)
+        for_x = linear(dropout(x.to(a.dtype), p), a.detach())
+        h = for_a + (for_x - for_x.detach())
+        return (linear(x, w, bias) + linear(h, b) * scale).to(x.dtype)
+
+    return call
+
+
+def mask_of_its_own(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, scale: float, p: float) -> Any:
+    """Dropout that manual_seed does not govern."""
+
+    def call() -> Tensor:
+        torch.seed()
+        return peft_style(x, w, bias, a, b, scale, p)()
+
+    return call
+
+
+def never(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> None:
+    return None
+
+
+def test_the_gate_refuses_a_wrong_plugin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plugin = f"{__name__}:wrong_scale"
+    assert bench(tmp_path, "linear", "--plugin", plugin, "--impl", "fastlora") == 1
+    found = records.read(tmp_path / "linear.json")
+    assert plugin not in {r.impl for r in found.records}, "what is wrong has no timing"
+    assert len(found.stamp["refused"]) == 3
+    assert f"FAILED, not timed: tiny M5 r4 fp32 p0 {plugin}: " in capsys.readouterr().out
+
+
+def test_a_plugin_that_does_not_apply_is_left_out(tmp_path: Path) -> None:
+    assert bench(tmp_path, "linear", "--plugin", f"{__name__}:never", "--impl", "fastlora") == 0
+    assert {r.impl for r in records.read(tmp_path / "linear.json").records} == {layers.FLOOR, "fastlora"}
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_the_gate_sees_masks_as_they_are(p: float, dtypes: tuple[str, str]) -> None:
+    main_dtype, adapter = (getattr(torch, name) for name in dtypes)
+    operands = Operands.random(40, 72, 56, 4, main_dtype, adapter, p, torch.device("cpu"))
+
+    def error(build: layers.Build) -> float:
+        call = operands.built(build)
+        assert call is not None
+        return Gate(operands).error("one", build, call)
+
+    for name in ("peft", "fastlora", "fastlora-patched", "reference"):
+        assert error(layers.IMPLS[name]) < 0.01
+    with pytest.raises(Refused, match=r"dropout: 0.0000 of dx is zero"):
+        error(no_dropout)
+    for wrong in (other_mask_in_backward, mask_of_its_own):
+        with pytest.raises(Refused, match=r": error .*, allowed"):
+            error(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["liner"], "suite: got 'liner', wanted some of linear, block, step, multi, overhead"),
+        (["linear", "--shape", "llama-9b"], "--shape: got 'llama-9b', wanted one of llama-3-8b, "),
+        (["linear", "--impl", "cublas"], "--impl: got 'cublas', wanted some of frozen, "),
+        (["linear", "--plugin", "nowhere:build"], "--plugin: got 'nowhere:build', wanted module:function"),
+        (["linear", "--set", "huge"], "argument --set: invalid choice: 'huge' (choose from "),
+        (["linear", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
+        (["linear", "--rounds", "0"], "argument --rounds: got '0', wanted a whole number ≥ 1"),
+        (["linear", "--threads", "4096"], "--threads: got 4096, wanted 1 to "),
+        (["linear", "--faster"], "unrecognized arguments: --faster"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*arguments, "--out", str(out)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(f"error: {said}") and shown.err.count("\n") == 1
+    assert shown.out == "" and not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["linear", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "error: --device: got 'cuda', and here there is only cpu\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_leaves_a_readable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, done = linear_suite.measure, []
+
+    def interrupted(*arguments: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(linear_suite, "measure", interrupted)
+    assert bench(tmp_path, "linear", "--impl", "fastlora") == 130
+    assert len({r.case for r in records.read(tmp_path / "linear.json").records}) == 1
+
+
+def test_one_case_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = linear_suite.measure
+
+    def fails_on_dropout(case: Any, what: Any) -> Any:
+        if case.p:
+            raise torch.OutOfMemoryError("out of memory")
+        return measure(case, what)
+
+    monkeypatch.setattr(linear_suite, "measure", fails_on_dropout)
+    assert bench(tmp_path, "linear", "--impl", "fastlora") == 1
+    found = records.read(tmp_path / "linear.json")
+    assert {r.p for r in found.records} == {0} and len(found.stamp["refused"]) == 2
+
+
+def test_a_budget_ends_between_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(tmp_path, "linear", "--impl", "fastlora", "--budget", "0") == 0
+    assert "linear: out of time, 3 of 3 cases left out" in capsys.readouterr().err
+    assert not (tmp_path / "linear.json").exists(), "nothing measured, nothing written"
+
+
+def test_the_sets() -> None:
+    assert len(SHAPES) == 5 * 7 + 1
+    assert SHAPES["qwen3-0.6b.q"] == (1024, 2048) and SHAPES["llama-3-70b.down"] == (28672, 8192)
+    for name in ("tiny", "cpu", "gpu"):
+        found = cases(name)
+        assert len({case.name for case in found}) == len(found), "a case's name is its own"
+    gpu = cases("gpu")
+    assert {1, 16384} <= {c.M for c in gpu} and {4, 256} <= {c.R for c in gpu} and {0, 0.1} == {c.p for c in gpu}
+    assert {SHAPES[c.shape] for c in gpu} == {size for name, size in SHAPES.items() if name != "tiny"}
+    assert {c.shape for c in cases("cpu", ["llama-3-8b.k"])} == {"llama-3-8b.k"}
+
+
+def test_a_race_is_interleaved_and_its_order_changes() -> None:
+    seen: list[str] = []
+    entries = [Entry(name, "both", run=lambda _, name=name: seen.append(name)) for name in "abc"]
+    times = clock.race(entries, rounds=4, flush=torch.ones(8))
+    assert {key: len(ms) for key, ms in times.items()} == {(name, "both"): 4 for name in "abc"}
+    turns = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
+
+
+def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
+    entry = Entry("one", "forward", run=lambda x: x + 1, prepare=lambda: torch.ones(2**18))
+    assert clock.peak(entry, torch.device("cpu")) == pytest.approx(1, rel=0.01)
+    slow = replace(entry, run=lambda _: None, prepare=lambda: torch.randn(2**22))
+    (ms,) = clock.race([slow], rounds=1, flush=torch.ones(8)).values()
+    assert ms[0] < 1
+
+
+def test_as_a_user_runs_it() -> None:
+    done = run("bench", "--help")
+    assert done.returncode == 0 and "--plugin" in done.stdout and "function(x, w, bias, a, b, scale, p)" in done.stdout
