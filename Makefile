@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+DEVICE ?= cuda
+PARTS ?=
 
-.PHONY: test lint demo audit clean
+.PHONY: test lint demo audit bench gpu adopt clean
 
 test: .venv/.ready lint
 	$(BIN)/python -m pytest -q -n 2
@@ -16,6 +18,17 @@ demo: .venv/.ready
 
 audit: .venv/.ready
 	$(BIN)/python -m benchmarks.audit --write
+
+bench: .venv/.ready
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks report
+
+# from a bare checkout, with that machine's own torch and triton: nothing is installed
+gpu:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --parts "$(PARTS)" --device $(DEVICE)
+
+adopt:
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.adopt "$(FROM)"
 
 # torch goes first: left to another package's range, pip may choose a newer build
 .venv/.ready: requirements.txt pyproject.toml

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     bench = Bench(
         here, impls, rounds, set_name, tuple(args.shape), compile=any("compiled" in name for name in args.impl)
     )
-    stamp = {**here.stamp(arguments), "set": set_name, "rounds": rounds}
+    stamp = {**here.stamp(arguments), "slug": here.slug, "set": set_name, "rounds": rounds}
     out = args.out or RESULTS / here.slug
     wanted = list(dict.fromkeys(args.suites)) or list(SUITES)
     deadline = time.monotonic() + args.budget if args.budget is not None else None
@@ -152,7 +152,7 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
         refused += of_case.refused
         table.clear()
         print(table.rows(of_case.records, of_case.refused), flush=True)
-        records.write(path, {**stamp, "refused": refused}, found)
+        records.write(path, {"suite": name, **stamp, "refused": refused}, found)
     return len(refused)
 
 

@@ -86,7 +86,7 @@ def adopt(source: Path, tables: Path = FOLDER, results: Path = RESULTS) -> str:
         if target.resolve() != path.resolve():
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
-            said.append(f"{target}: {len(run.records)} records, commit {run.stamp['commit']}")
+            said.append(f"{target}: {len(run.records)} records, commit {(run.stamp['commit'] or 'unknown')[:10]}")
     return "\n".join(said)
 
 

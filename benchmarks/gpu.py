@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastlora_kernels.traffic import ideal_bytes
 
-from benchmarks.machine import slug, stamp
+from benchmarks import machine
 from benchmarks.probe import SIZES
-from benchmarks.records import BadInput
+from benchmarks.records import SUITES, BadInput
+from fastlora_kernels.traffic import Layer
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +48,10 @@ class Run:
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self.log = (self.out / "run.log").open("w")
+
+    def own(self, seconds: float) -> str:
+        """What a part that stops by itself is told: most of its time on a GPU, a tenth of it on a CPU."""
+        return f"{seconds * self.scale * (0.85 if self.device == 'cuda' else 0.1):.0f}"
 
     def command(self, *words: str, seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:
         """Run one, its output to the log.   Returns (exit code, None when time ran out; the output)."""
@@ -97,7 +101,8 @@ def environment(run: Run, seconds: float) -> dict[str, Any]:
     tools = {name: shutil.which(name) for name in ("nvidia-smi", "ncu", "compute-sanitizer")}
     if tools["nvidia-smi"]:
         run.command("nvidia-smi", seconds=seconds)
-    return {"state": "ok", **stamp(run.device), "tools": tools}
+    stamp = machine.find(run.device, quick=run.device == "cpu").stamp([])
+    return {"state": "ok", **stamp, "tools": tools}
 
 
 def tests(run: Run, seconds: float) -> dict[str, Any]:
@@ -120,18 +125,17 @@ def _has(module: str) -> bool:
 def tune(run: Run, seconds: float) -> dict[str, Any]:
     """The offline tuner; a table with what it reached."""
     words = [sys.executable, "-m", "benchmarks.tune", "--device", run.device, "--out", str(run.out / "tables")]
-    code, text = run.command(*words, "--seconds", f"{seconds * run.scale * 0.9:.0f}", seconds=seconds)
+    code, text = run.command(*words, "--seconds", run.own(seconds), seconds=seconds)
     gains = [float(gain) for gain in re.findall(r"^\w+ +row \d+ +([\d.]+)×", text, re.MULTILINE)]
     return {"state": _ended(code), "rows": len(gains), "gains": gains}
 
 
 def bench(run: Run, seconds: float) -> dict[str, Any]:
     """The suites, an equal share of the time each."""
-    suites = ("linear", "step", "overhead", "block", "multi")
-    words = [sys.executable, "-m", "benchmarks", *suites, "--device", run.device, "--out", str(run.out)]
-    words += ["--set", "tiny" if run.device == "cpu" else "gpu", "--budget", f"{seconds * run.scale * 0.8:.0f}"]
+    words = [sys.executable, "-m", "benchmarks", *SUITES, "--device", run.device, "--out", str(run.out)]
+    words += ["--set", "tiny" if run.device == "cpu" else "gpu", "--budget", run.own(seconds)]
     code, _ = run.command(*words, seconds=seconds)
-    return {"state": _ended(code), "files": sorted(p.name for p in run.out.glob("*.json") if p.stem in suites)}
+    return {"state": _ended(code), "files": sorted(p.name for p in run.out.glob("*.json") if p.stem in SUITES)}
 
 
 def sanitize(run: Run, seconds: float) -> dict[str, Any]:
@@ -157,7 +161,8 @@ def profile(run: Run, seconds: float) -> dict[str, Any]:
     """DRAM bytes of three kernels beside the ideal ones; on a CPU the ideal ones."""
     size = "large" if run.device == "cuda" else "tiny"
     M, N, K, R = SIZES[size]
-    ideal = {kernel: ideal_bytes(kernel, M, N, K, R) for kernel in PROFILED}
+    layer = Layer(M, K, N, R, adapter=4)
+    ideal = {kernel: getattr(layer, kernel)().bytes for kernel in PROFILED}
     tool = shutil.which("ncu")
     probe = [sys.executable, "-m", "benchmarks.probe", "--device", run.device, "--size", size, "--unchecked", *PROFILED]
     if run.device == "cpu":
@@ -213,8 +218,9 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.out or (
-        Path(os.environ["OUT"]) if os.environ.get("OUT") else ROOT / "benchmarks/results" / slug(args.device)
+    asked = args.out or os.environ.get("OUT")
+    out = (
+        Path(asked) if asked else ROOT / "benchmarks/results" / machine.slug(machine.name_of(torch.device(args.device)))
     )
     # a chosen part takes the time of those left out
     run = Run(args.device, out, scale=sum(BUDGETS.values()) / sum(BUDGETS[part] for part in chosen))

@@ -48,8 +48,7 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """The name as a folder's."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return slug(self.name)
 
     def stamp(self, arguments: Sequence[str]) -> dict[str, Any]:
         """Where, with what, and when: what every results file says of itself."""
@@ -72,6 +71,15 @@ class Machine:
         }
 
 
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def slug(name: str) -> str:
+    """A device's name as a folder's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def find(kind: str | None, quick: bool) -> Machine:
     """The device of that kind ("cpu", "cuda", or whichever there is), measured.   Raises BadInput if it is not there.
 
@@ -81,7 +89,7 @@ def find(kind: str | None, quick: bool) -> Machine:
     if kind is not None and kind not in there:
         raise BadInput(f"--device: got {kind!r}, and here there is only {' and '.join(there)}")
     device = torch.device(kind or there[0])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    name = name_of(device)
     flush = torch.ones((2**20 if quick else 2 * _cache_bytes(device)) // 4, device=device)
     return Machine(device, name, torch.get_num_threads(), _ceilings(device, quick), flush)
 

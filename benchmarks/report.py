@@ -101,9 +101,12 @@ def verdicts(records: list[Record]) -> str:
 
 def _stamp(stamp: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in stamp["versions"].items() if version)
-    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in stamp["ceilings"].items())
+    rates = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in stamp["ceilings"]["matmul_tflop_s"].items())
+    ceilings = f"copy {stamp['ceilings']['copy_gb_s']:.3g} GB/s, matmul {rates} TFLOP/s"
     dirty = " with uncommitted changes" if stamp["dirty"] else ""
-    return f"{stamp['date']}, commit `{stamp['commit']}`{dirty}; {versions}; measured ceilings: {ceilings}."
+    commit = (stamp["commit"] or "unknown")[:10]
+    where = f"{stamp['date']}, {stamp['threads']} threads, commit `{commit}`{dirty}"
+    return f"{where}; {versions}; measured ceilings: {ceilings}."
 
 
 def section(run: Results, pictures: list[str]) -> str:
@@ -113,7 +116,7 @@ def section(run: Results, pictures: list[str]) -> str:
         parts.append(overhead_table(run.records))
     else:
         parts += [suite_table(run.records), beside_peft(run.records)]
-        if run.stamp["slug"].startswith("cpu"):
+        if run.stamp["kind"] == "cpu":
             parts.append(verdicts(run.records))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part)

@@ -78,8 +78,8 @@ def event_clock(launch: Callable[[], Any], _: Tile | None) -> float:
 
 def stub_clock(launch: Callable[[], Any], t: Tile | None) -> float:
     """A made-up time with one best tile, 32×32×64, for a run where there is nothing to time."""
-    launch()
     if t is None:
+        launch()
         return 1.0
     return 1.0 + abs(math.log2(t.BLOCK_M / 32)) + abs(math.log2(t.BLOCK_N / 32)) + abs(math.log2(t.BLOCK_K / 64))
 
@@ -151,10 +151,12 @@ def warm(problem: Problem, t: Tile) -> None:
 
 
 class Tuner:
-    """One run over a table.   deadline: time.monotonic() at which it stops between two tiles."""
+    """One run over a table.   deadline: time.monotonic() at which it stops between two tiles.   jobs: to compile in."""
 
-    def __init__(self, arch: str, device: str, timer: Timer, deadline: float, jobs: int = 0) -> None:
-        self.device, self.timer, self.deadline, self.grid = device, timer, deadline, GRIDS[device]
+    def __init__(
+        self, arch: str, device: str, timer: Timer, deadline: float, jobs: int = 0, grid: Grid | None = None
+    ) -> None:
+        self.device, self.timer, self.deadline, self.grid = device, timer, deadline, grid or GRIDS[device]
         held = copy.deepcopy(table(arch))
         self.table: dict[str, Any] = {"tiles": held["tiles"], "strategy": held["strategy"]}
         context = multiprocessing.get_context("spawn")

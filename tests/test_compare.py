@@ -15,8 +15,9 @@ from benchmarks.plots import draw
 from benchmarks.records import NAMES, Record, Results
 
 STAMP = {
-    "suite": "linear", "device": "A Machine", "slug": "cpu-a-machine", "commit": "abc1234", "dirty": False,
-    "date": "2026-11-24", "versions": {"torch": "2.13.0"}, "ceilings": {"copy GB/s": 20.0},
+    "suite": "linear", "device": "A Machine", "slug": "a-machine", "kind": "cpu", "commit": "abc1234", "dirty": False,
+    "date": "2026-11-24", "versions": {"torch": "2.13.0"}, "threads": 2,
+    "ceilings": {"copy_gb_s": 20.0, "matmul_tflop_s": {"fp32": 0.1}},
 }  # fmt: skip
 BASE = Record(
     "linear", "case", "forward", "frozen", 1.0, 0.99, 1.01, 8.0, 1.0, 0.5, 1e-7, 128, 64, 64, 16, "fp32", "fp32", 0.0, 1
@@ -110,7 +111,7 @@ def test_bad_input_is_one_line_and_no_file(
 
 
 def test_report_says_what_the_records_say(tmp_path: Path) -> None:
-    device = written(tmp_path / "results" / "cpu-a-machine", run_of())
+    device = written(tmp_path / "results" / "a-machine", run_of())
     outcome = {"state": "ok", "seconds": 1.5, "ideal_bytes": {"expand": 2**20}}
     launch = {"kernel": "_expand_kernel", "dram__bytes_read.sum": 2**20, "dram__bytes_write.sum": 2**19}
     (device / "run.json").write_text(json.dumps({"profile": {**outcome, "measured": [launch]}}))
@@ -127,9 +128,8 @@ def test_report_says_what_the_records_say(tmp_path: Path) -> None:
 
 
 def test_report_says_where_a_target_is_missed() -> None:
-    slow = [replace(r, case="slow one", median_ms=r.median_ms * 2) if r.impl == "fastlora" else r for r in run_of()]
-    slow = [replace(r, case="slow one") for r in slow]
-    assert "1.60 (1.60), not reached; beyond: slow one forward 1.60" in report.verdicts(slow)
+    slow = [replace(r, median_ms=r.median_ms * 2) if (r.impl, r.M, r.R) == ("fastlora", 16, 8) else r for r in run_of()]
+    assert "0.80 (1.60), not reached; beyond: q M16 r8 forward 1.60" in report.verdicts(slow)
 
 
 def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
