@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,8 @@ def measure(case: Case, bench: Bench) -> Found:
     calls, errors = admitted(operands, case, bench, found)
     copies = _copies(operands, bench.machine)
     turns = itertools.cycle(range(len(copies)))
-    entries = [
-        e for impl in calls for e in _entries(impl, _layers(bench.impls[impl], impl, copies), turns, case.passes)
-    ]
+    made = {impl: _layers(bench.impls[impl], impl, copies) for impl in calls}
+    entries = [e for impl, layers in made.items() for e in _entries(impl, layers, turns, case.passes)]
     times = race(entries, bench.rounds, bench.machine.flush)
     subject = Subject("linear", case.name, case.M, case.K, case.N, case.R, case.dtype, case.adapter_dtype, case.p)
     layer = Layer(case.M, case.K, case.N, case.R, main.itemsize, adapter.itemsize)
@@ -49,9 +48,10 @@ def admitted(operands: Operands, case: Case, bench: Bench, found: Found) -> tupl
     """(calls, relative errors) of the implementations that apply and pass the gate; the others' refusals in found."""
     gate, calls, errors = Gate(operands), {}, {}
     for impl, build in bench.impls.items():
-        if impl.endswith("-compiled") and not (case.compiled or bench.compile):
-            continue  # it would spend longer compiling than all others take to run
-        torch._dynamo.reset()  # every case is a new shape, and recompilations are limited in number
+        if impl.endswith("-compiled"):
+            if not (case.compiled or bench.compile):
+                continue  # it would spend longer compiling than all others take to run
+            torch._dynamo.reset()  # every case is a new shape, and recompilations are limited in number
         try:
             call = operands.built(build)
             if call is not None:
@@ -84,16 +84,19 @@ def _copies(operands: Operands, machine: Machine) -> list[Operands]:
     return [operands, *(operands.again() for _ in range(-(-machine.flush.nbytes // operands.nbytes)))]
 
 
-def _layers(build: Build, impl: str, copies: list[Operands]) -> Iterator[_Layer]:
+def _layers(build: Build, impl: str, copies: list[Operands]) -> list[_Layer]:
+    layers = []
     for t in copies:
         call = t.built(build)
         assert call is not None, f"{impl} applied to these operands before"
-        yield _Layer(call, t.leaves[:1] if impl == FLOOR else t.leaves, t.dy)
+        layer = _Layer(call, t.leaves[:1] if impl == FLOOR else t.leaves, t.dy)
+        layer.backward(layer.forward())  # no layer's first call is timed
+        layers.append(layer)
+    return layers
 
 
-def _entries(impl: str, made: Iterable[_Layer], turns: Iterator[int], passes: tuple[str, ...]) -> Iterator[Entry]:
+def _entries(impl: str, layers: list[_Layer], turns: Iterator[int], passes: tuple[str, ...]) -> Iterator[Entry]:
     """The passes of an implementation; every call, whoever's it is, takes the next copy."""
-    layers = list(made)
 
     def ready() -> _Layer:
         return layers[next(turns)]
