@@ -62,6 +62,10 @@ class Operands:
         (M, K), (N, R) = self.x.shape, self.b.shape
         return Operands.random(M, K, N, R, self.x.dtype, self.a.dtype, self.p, self.x.device)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.x, self.w, self.a, self.b, self.dy))
+
     def built(self, build: Build) -> Call | None:
         return build(self.x, self.w, None, self.a, self.b, self.scale, self.p)
 

@@ -48,7 +48,6 @@ def peft_style_compiled(
 
 
 def _compiled(call: Call) -> Call:
-    torch._dynamo.reset()  # every case is a new shape, and recompilations are limited in number
     return torch.compile(call, dynamic=False)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,7 +12,8 @@ from torch import Tensor
 from benchmarks.clock import Entry, peak, race
 from benchmarks.contest import Bench, Found, Subject, first_line, record
 from benchmarks.gate import Gate, Operands
-from benchmarks.layers import FLOOR, Call
+from benchmarks.layers import FLOOR, Build, Call
+from benchmarks.machine import Machine
 from benchmarks.shapes import DTYPES, Case
 from benchmarks.shapes import cases as cases_of
 from fastlora_kernels.traffic import Layer
@@ -26,7 +29,10 @@ def measure(case: Case, bench: Bench) -> Found:
     operands = Operands.random(case.M, case.K, case.N, case.R, main, adapter, case.p, bench.machine.device)
     found = Found()
     calls, errors = admitted(operands, case, bench, found)
-    entries = [e for impl, call in calls.items() for e in _entries(impl, call, operands, case.passes)]
+    copies = _copies(operands, bench.machine)
+    turns = itertools.cycle(range(len(copies)))
+    made = {impl: _layers(bench.impls[impl], impl, copies) for impl in calls}
+    entries = [e for impl, layers in made.items() for e in _entries(impl, layers, turns, case.passes)]
     times = race(entries, bench.rounds, bench.machine.flush)
     subject = Subject("linear", case.name, case.M, case.K, case.N, case.R, case.dtype, case.adapter_dtype, case.p)
     layer = Layer(case.M, case.K, case.N, case.R, main.itemsize, adapter.itemsize)
@@ -42,8 +48,10 @@ def admitted(operands: Operands, case: Case, bench: Bench, found: Found) -> tupl
     """(calls, relative errors) of the implementations that apply and pass the gate; the others' refusals in found."""
     gate, calls, errors = Gate(operands), {}, {}
     for impl, build in bench.impls.items():
-        if impl.endswith("-compiled") and not (case.compiled or bench.compile):
-            continue  # it would spend longer compiling than all others take to run
+        if impl.endswith("-compiled"):
+            if not (case.compiled or bench.compile):
+                continue  # it would spend longer compiling than all others take to run
+            torch._dynamo.reset()  # every case is a new shape, and recompilations are limited in number
         try:
             call = operands.built(build)
             if call is not None:
@@ -54,15 +62,52 @@ def admitted(operands: Operands, case: Case, bench: Bench, found: Found) -> tupl
     return calls, errors
 
 
-def _entries(impl: str, call: Call, operands: Operands, passes: tuple[str, ...]) -> Iterator[Entry]:
-    leaves = operands.leaves[:1] if impl == FLOOR else operands.leaves
+@dataclass(frozen=True)
+class _Layer:
+    """One implementation over one copy of the operands."""
 
-    def backward(y: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(y, leaves, operands.dy)
+    forward: Call
+    leaves: tuple[Tensor, ...]
+    dy: Tensor
+
+    def backward(self, y: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, self.leaves, self.dy)
+
+
+def _copies(operands: Operands, machine: Machine) -> list[Operands]:
+    """On a CPU more than its caches hold, so that a call meets cold operands and warm code, as a model's layers do.
+
+    One on a GPU, whose graphs hold on to the operands that they were captured with.
+    """
+    if machine.device.type == "cuda":
+        return [operands]
+    return [operands, *(operands.again() for _ in range(-(-machine.flush.nbytes // operands.nbytes)))]
+
+
+def _layers(build: Build, impl: str, copies: list[Operands]) -> list[_Layer]:
+    layers = []
+    for t in copies:
+        call = t.built(build)
+        assert call is not None, f"{impl} applied to these operands before"
+        layer = _Layer(call, t.leaves[:1] if impl == FLOOR else t.leaves, t.dy)
+        layer.backward(layer.forward())  # no layer's first call is timed
+        layers.append(layer)
+    return layers
+
+
+def _entries(impl: str, layers: list[_Layer], turns: Iterator[int], passes: tuple[str, ...]) -> Iterator[Entry]:
+    """The passes of an implementation; every call, whoever's it is, takes the next copy."""
+
+    def ready() -> _Layer:
+        return layers[next(turns)]
+
+    def forwarded() -> tuple[_Layer, Tensor]:
+        layer = ready()
+        return layer, layer.forward()
 
     runs = {
-        "forward": Entry(impl, "forward", run=lambda _: call()),
-        "backward": Entry(impl, "backward", run=backward, prepare=call),
-        "both": Entry(impl, "both", run=lambda _: backward(call())),
+        "forward": Entry(impl, "forward", run=lambda layer: layer.forward(), prepare=ready),
+        "backward": Entry(impl, "backward", run=lambda state: state[0].backward(state[1]), prepare=forwarded),
+        "both": Entry(impl, "both", run=lambda layer: layer.backward(layer.forward()), prepare=ready),
     }
     yield from (runs[which] for which in passes)

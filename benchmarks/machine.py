@@ -90,7 +90,7 @@ def find(kind: str | None, quick: bool) -> Machine:
         raise BadInput(f"--device: got {kind!r}, and here there is only {' and '.join(there)}")
     device = torch.device(kind or there[0])
     name = name_of(device)
-    flush = torch.ones((2**20 if quick else 2 * _cache_bytes(device)) // 4, device=device)
+    flush = torch.ones((2**16 if quick else 2 * _cache_bytes(device)) // 4, device=device)
     return Machine(device, name, torch.get_num_threads(), _ceilings(device, quick), flush)
 
 

@@ -254,3 +254,18 @@ def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
 def test_as_a_user_runs_it() -> None:
     done = run("bench", "--help")
     assert done.returncode == 0 and "--plugin" in done.stdout and "function(x, w, bias, a, b, scale, p)" in done.stdout
+
+
+def test_a_machine_without_peft(tmp_path: Path) -> None:
+    """Its formulation stands in for it in `linear`; the suite that needs a model says so."""
+    code = (
+        "import sys; sys.modules.update(peft=None, transformers=None); from benchmarks.__main__ import main;"
+        f"sys.exit(main(['linear', 'step', *{QUICK}, '--out', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step: needs peft, skipped" in done.stderr and not (tmp_path / "step.json").exists()
+    assert {"peft-style", "fastlora"} <= {r.impl for r in records.read(tmp_path / "linear.json").records}
