@@ -79,6 +79,8 @@ def test_dx(mix: str, R: int, p: float, forms: list[str], device: str) -> None:
 
 def test_halves_of_256_columns(device: str) -> None:
     """A tile this wide draws its mask, and stores its result, one half after the other; here the second is ragged."""
+    if device == "cuda" and torch.cuda.get_device_capability()[0] >= 10:
+        pytest.skip("128 columns a tile there: 256 take 520 columns of tensor memory, of 512")
     t, seed = layer("bf16+fp32", 7, device, 70, 200, 24), a_seed(device)
     wide = Tile(64, 256, 32, BLOCK_R=16, tma=True)
     grad = kernels.dx(t.dy, t.w, t.dh, t.a, p=0.3, seed=seed, config=wide)
