@@ -62,6 +62,7 @@ CHIPS = {
     "gfx942": Arch(GPUTarget("hip", "gfx942", 64), 64, 64, 32, 16, "mfma"),
 }
 TENSOR = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "mfma": r"v_mfma"}
+TMA = r"cp\.async\.bulk\.tensor"
 TMEM_COLUMNS = 512
 
 
@@ -76,6 +77,7 @@ class Row:
     warps: int
     instruction: str
     narrow: int  # load instructions of less than eight bytes
+    scratch: int = 0  # bytes of global memory: what a descriptor made on the device would need
     verdict: str = ""
 
 
@@ -124,7 +126,7 @@ def compiled(case: Case) -> Row:
             binary = triton.compile(source, target=CHIPS[case.arch].target, options=options)
     except Exception as error:  # whatever the compiler raises is the finding
         reason = " ".join(str(error).split())[-200:]
-        return Row(0, 0, 0, 0, 0, "none", 0, f"FAIL does not compile: {type(error).__name__} {reason}")
+        return Row(0, 0, 0, 0, 0, "none", 0, 0, f"FAIL does not compile: {type(error).__name__} {reason}")
     row = _measured(case, binary.asm, binary.metadata, log.getvalue())
     return Row(**{**asdict(row), "verdict": "; ".join(failures(case, row)) or "pass"})
 
@@ -136,7 +138,7 @@ def _measured(case: Case, asm: dict[str, str], metadata: Any, log: str) -> Row:
     else:
         registers, spills = _number(r"\.vgpr_count:\s+(\d+)", text), _number(r"\.vgpr_spill_count:\s+(\d+)", text) * 4
     tmem = getattr(metadata, "tmem_size", 0) or 0
-    per_block = case.tile.num_warps
+    per_block = metadata.num_warps  # the tile's, and those that specialisation adds
     blocks = min(chip.blocks, chip.warps // per_block, _warps_by_registers(chip, registers) // per_block)
     if metadata.shared:
         reserved = 1024 if chip.target.backend == "cuda" else 0
@@ -144,8 +146,11 @@ def _measured(case: Case, asm: dict[str, str], metadata: Any, log: str) -> Row:
     if tmem:
         blocks = min(blocks, TMEM_COLUMNS // tmem)
     found = [name for name, pattern in TENSOR.items() if re.search(pattern, text)]
+    found += ["tma"] * bool(re.search(TMA, text)) + ["specialized"] * (per_block > case.tile.num_warps)
     narrow = sum(width < 8 for width in _load_widths(text))
-    return Row(registers, spills, metadata.shared, tmem, blocks * per_block, "+".join(found) or "none", narrow)
+    scratch = getattr(metadata, "global_scratch_size", 0)
+    warps = blocks * per_block
+    return Row(registers, spills, metadata.shared, tmem, warps, "+".join(found) or "none", narrow, scratch)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -182,6 +187,11 @@ def failures(case: Case, row: Row) -> list[str]:
         wanted = chip.tensor if case.tile.BLOCK_M >= 64 or chip.tensor == "mfma" else "mma.sync"
         if wanted not in row.instruction.split("+"):
             found.append(f"FAIL instruction: {row.instruction}, not {wanted}")
+        for asked, name in ((case.tile.tma, "tma"), (case.tile.specialize, "specialized")):
+            if asked and name not in row.instruction.split("+"):
+                found.append(f"FAIL instruction: {row.instruction}, not {name}")
+    if row.scratch:
+        found.append(f"FAIL scratch: {row.scratch} bytes of global memory")
     if case.arch in GATED and row.narrow and _fills_wide_loads(case):
         found.append(f"FAIL loads: {row.narrow} of less than eight bytes")
     return found
@@ -201,7 +211,12 @@ def stamp() -> str:
     source = hashlib.sha256()
     package = Path(fastlora_kernels.__file__).parent
     for path in sorted(package.glob("*.py")):
-        if path.name not in ("__init__.py", "linear.py", "traffic.py"):  # they launch nothing of their own
+        if path.name not in (
+            "__init__.py",
+            "linear.py",
+            "overlap.py",
+            "traffic.py",
+        ):  # they launch nothing of their own
             source.update("\n".join([path.name, *_code(path.read_text())]).encode())
     for arch in ARCHS:
         tiles = {

@@ -55,7 +55,8 @@ class Case:
         axes = AXES[self.kernel]
         blocks = "x".join(str(getattr(self.tile, f"BLOCK_{axis}")) for axis in axes if axis != "R")
         step = f" r{self.tile.BLOCK_R}" if "R" in axes else ""
-        size = f"{blocks}{step} w{self.tile.num_warps} s{self.tile.num_stages}" if axes else "1024"
+        form = " tma" * self.tile.tma + " specialized" * self.tile.specialize
+        size = f"{blocks}{step} w{self.tile.num_warps} s{self.tile.num_stages}{form}" if axes else "1024"
         dtypes = self.main if self.main == self.adapter else f"{self.main}+{self.adapter}"
         return self.arch, self.kernel, size, dtypes, str(self.rank), self.flags
 
@@ -112,7 +113,7 @@ def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
         t, rows = Tile(**row["tile"]), row.get("max_M", ROWS)
         for main, adapter in MIXES:
             for rank in ranks(kernel, t):
-                if tile(kernel, arch, DTYPES[main], rows, FEATURES, rank) == t:
+                if tile(kernel, arch, DTYPES[main], rows, FEATURES, rank, tma=t.tma) == t:
                     for flags in FLAGS[kernel]:
                         yield Case(arch, kernel, t, main, adapter, rank, flags, rows)
                     break

@@ -90,7 +90,9 @@ def decide(x: Tensor, N: int, R: int, asked: str | None = None, dtype: torch.dty
     M, K = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     arch = ops.kernels.arch(x)
     strategy, why = ops.kernels.strategy(arch, main, M, N, K, R)
-    tile: dict[str, Any] = asdict(ops.kernels.tile("expand" if strategy == "fused" else "add", arch, main, M, N, R))
+    kernel = "expand" if strategy == "fused" else "add"
+    tma = K % 8 == 0 and N % 8 == 0  # rows of 16 bytes, as tensor descriptors need them
+    tile: dict[str, Any] = asdict(ops.kernels.tile(kernel, arch, main, M, N, R, tma=tma))
     return Decision("triton", strategy, tile, why)
 
 

@@ -60,7 +60,7 @@ def test_verdicts_follow_from_the_numbers(rows: dict[tuple[str, ...], audit.Row]
 
 
 def sample() -> list[Case]:
-    """bf16 with PEFT's fp32 adapters, at the tile of many rows: every kernel on sm_90, the GEMMs elsewhere."""
+    """bf16 with PEFT's fp32 adapters, at the tile of many rows, both forms: every kernel on sm_90, GEMMs elsewhere."""
     wanted = [("sm_90", kernel) for kernel in AXES]
     wanted += [(arch, kernel) for arch in ("sm_80", "sm_100") for kernel in ("expand", "dx")]
     wanted += [("sm_89", "dx"), ("gfx942", "expand")]
@@ -68,7 +68,9 @@ def sample() -> list[Case]:
     for arch, kernel in wanted:
         of = [c for c in cases((arch,), (kernel,)) if (c.main, c.adapter) == ("bf16", "fp32") or kernel == "reduce"]
         many = [case for case in of if case.rows == max(c.rows for c in of)]
-        chosen.append(next((case for case in many if "dropout" in case.flags), many[-1]))
+        for tma in sorted({case.tile.tma for case in many}):
+            form = [case for case in many if case.tile.tma == tma]
+            chosen.append(next((case for case in form if "dropout" in case.flags), form[-1]))
     return chosen
 
 
@@ -104,19 +106,29 @@ def test_compiling_again_gives_the_table(rows: dict[tuple[str, ...], audit.Row])
 
 def test_gates_catch_an_oversized_tile() -> None:
     """256×256 in 8 warps is 256 accumulators a thread, and four stages of it 256 KiB; on sm_100, 512 columns twice."""
-    gemms = [case for case in sample() if case.kernel == "dx" and case.arch in audit.GATED]
+    gemms = [case for case in sample() if case.kernel == "dx" and case.arch in audit.GATED and not case.tile.tma]
     huge = [dataclasses.replace(case, tile=Tile(256, 256, 64, num_warps=8, num_stages=4)) for case in gemms]
     verdicts = [row.verdict for row in compiled(huge)]
     assert len(verdicts) == 3 and all("FAIL" in verdict for verdict in verdicts)
 
 
+def test_warps_that_hopper_does_not_specialise_are_caught() -> None:
+    """On sm_90 Triton 3.6 and 3.7 take `warp_specialize` on the main loop, and compile as if it were not there."""
+    case = next(case for case in sample() if (case.arch, case.kernel, case.tile.tma) == ("sm_90", "dx", True))
+    (row,) = compiled([dataclasses.replace(case, tile=dataclasses.replace(case.tile, specialize=True))])
+    assert row.verdict == "FAIL instruction: wgmma+tma, not specialized"
+
+
 def test_gates_catch_each_fault() -> None:
     """One sound row, spoilt one number at a time."""
-    case = next(case for case in sample() if (case.arch, case.kernel) == ("sm_90", "dx"))
+    case = next(case for case in sample() if (case.arch, case.kernel, case.tile.tma) == ("sm_90", "dx", False))
     sound = audit.Row(200, 0, 150_000, 0, 8, "wgmma", 0)
     assert audit.failures(case, sound) == []
-    for spoilt in ({"spills": 4}, {"shared": 228 * 1024}, {"tmem": 513}, {"instruction": "mma.sync"}):
+    for spoilt in ({"spills": 4}, {"shared": 228 * 1024}, {"tmem": 513}, {"instruction": "mma.sync"}, {"scratch": 1}):
         assert len(audit.failures(case, dataclasses.replace(sound, **spoilt))) == 1  # type: ignore[arg-type]
+    described = dataclasses.replace(case, tile=dataclasses.replace(case.tile, tma=True))
+    assert audit.failures(described, sound) == ["FAIL instruction: wgmma, not tma"]
+    assert audit.failures(described, dataclasses.replace(sound, instruction="wgmma+tma")) == []
     thin = dataclasses.replace(case, kernel="x")
     assert audit.failures(thin, dataclasses.replace(sound, narrow=1)) != []
 

@@ -101,6 +101,9 @@ def test_tables_answer_every_shape(path: Path) -> None:
         for row in rows:
             tile = kernels.Tile(**row["tile"])
             assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K))
+            assert tile.tma or not tile.specialize, "only the persistent form has warps for loads alone"
+    for kernel, rows in table["tiles"].items():
+        assert kernel in ("expand", "dx") or not any("tma" in row["tile"] for row in rows)
     assert {row["strategy"] for row in table["strategy"]} <= {"fused", "split"}
 
 
@@ -117,6 +120,8 @@ def test_every_shape_on_every_architecture_has_a_tile(
 ) -> None:
     tile = kernels.tile(kernel, arch, dtype, M, N, R)
     assert tile == kernels.tile(kernel, arch, dtype, M, N, R)
+    assert not kernels.tile(kernel, arch, dtype, M, N, R, tma=False).tma
+    assert set(tile.options) == {"num_warps", "num_stages", "enable_fp_fusion"}
     how, why = kernels.strategy(arch, dtype, M, N, N, R)
     assert how in ("fused", "split")
     assert why.startswith(f"table {arch if arch in {path.stem for path in TABLES} else 'default'}, ")
@@ -125,3 +130,13 @@ def test_every_shape_on_every_architecture_has_a_tile(
 @given(M=sizes, N=sizes, R=ranks)
 def test_an_unknown_gpu_gets_the_defaults(M: int, N: int, R: int) -> None:
     assert kernels.tile("expand", "sm_999", bf16, M, N, R) == kernels.tile("expand", "default", bf16, M, N, R)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("kernel", ["expand", "dx"])
+def test_large_16_bit_gemms_take_descriptors_from_hopper_on(kernel: str, arch: str) -> None:
+    for dtype in (fp16, bf16):
+        assert kernels.tile(kernel, arch, dtype, 513, 4096, 16).tma
+        assert not kernels.tile(kernel, arch, dtype, 512, 4096, 16).tma
+        assert not kernels.tile(kernel, "sm_80", dtype, 8192, 4096, 16).tma
+    assert not kernels.tile(kernel, arch, fp32, 8192, 4096, 16).tma

@@ -28,6 +28,18 @@ def arch(x: Tensor) -> str:
     return "interpreter"
 
 
+@lru_cache(maxsize=None)
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(x: Tensor) -> int:
+    """How many programs a persistent grid has on x's device; three where it is interpreted, so that they loop."""
+    if x.device.type == "cuda":
+        return _processors(x.device.index if x.device.index is not None else torch.cuda.current_device())
+    return 3
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Launch on x's own GPU, and so on its current stream, whichever GPU is current for the caller."""
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():

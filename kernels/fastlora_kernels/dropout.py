@@ -33,3 +33,11 @@ def keep(seed, offs_m, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # minor axes: high, then low bit of the word's number
     lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK_M, BLOCK_N])
     return lanes >= threshold
+
+
+@triton.jit
+def keep_by_halves(seed, offs_m, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`keep`, one half of the columns after the other: fewer words are held at once."""
+    left = keep(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_N // 2)
+    right = keep(seed, offs_m, col_start + BLOCK_N // 2, threshold, BLOCK_M, BLOCK_N // 2)
+    return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), [BLOCK_M, BLOCK_N])

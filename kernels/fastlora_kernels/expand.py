@@ -1,8 +1,7 @@
 """y = x·wᵀ + bias + scale·h·bᵀ in one GEMM, and its transpose dx: the low-rank term is the prologue.
 
-The low-rank product runs first, into the accumulator that the main loop carries on, so no M×N intermediate exists. It
-is scaled, or masked for dx, in fp32 before the main loop starts: a tail that masks its own accumulator spills at
-128×256. The rank is walked in blocks with num_stages=1; one block of padded rank 512 would need 256 KiB.
+The low-rank product runs first, into the accumulator that the main loop carries on, so no M×N intermediate exists.
+The kernel here loads through pointers, and so takes any strides; `persistent` is the same GEMM on tensor descriptors.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ from torch import Tensor
 
 from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, dot, pieces
-from fastlora_kernels.dropout import keep, keep_scale, threshold
+from fastlora_kernels.dropout import keep_scale, threshold
+from fastlora_kernels.persistent import persistent, takes_tma
+from fastlora_kernels.prologue import low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile, tile
 
 GEMM, ADD, NONE = 0, 1, 2
@@ -64,14 +65,7 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    # blocks of GROUP_M rows share their columns of w in L2
-    grid_m, grid_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP_M * grid_n)
-    in_group = tl.program_id(0) % (GROUP_M * grid_n)
-    group_m = tl.minimum(grid_m - group * GROUP_M, GROUP_M)
-    pid_m = group * GROUP_M + in_group % group_m
-    pid_n = in_group // group_m
-
+    pid_m, pid_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < M
@@ -85,25 +79,11 @@ def _expand_kernel(
             other=0.0,
         )
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    h_rows = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
-    b_cols = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        h = tl.load(h_rows + offs_r[None, :] * stride_hr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        b = tl.load(
-            b_cols + offs_r.to(tl.int64)[:, None] * stride_br, mask=mask_r[:, None] & mask_n[None, :], other=0.0
-        )
-        acc = dot(h, b, acc, PIECES, INTERPRET)
-    if HAS_LORA_BIAS:
-        lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)
-        acc += lora_bias.to(tl.float32)[None, :]
-    acc *= tl.cast(scale, tl.float32)
-    if DROPOUT:
-        kept = keep(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
-        acc = tl.where(kept, acc, 0.0)
-
+    acc = low_rank_tile(
+        h_ptr, b_ptr, lora_bias_ptr, seed_ptr, M, N, R, stride_hm, stride_hr, stride_bn, stride_br,
+        stride_lora_bias, pid_m, pid_n, scale, threshold,
+        HAS_LORA_BIAS, DROPOUT, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+    )  # fmt: skip
     if BASE == 0:
         # rows past M repeat the last one: they are never stored, and x is loaded without a row mask
         x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * stride_xm
@@ -147,7 +127,11 @@ def _launch(
     y: Tensor,
     config: Tile | None,
 ) -> Tensor:
-    """Run `_expand_kernel` over y: [M, N], with x either the GEMM's [M, K] or the [M, N] tensor to add to."""
+    """Run either form over y: [M, N], with x either the GEMM's [M, K] or the [M, N] tensor to add to.
+
+    A tile with tma whose operands no descriptor can address gives way to the table's first tile without; a forced
+    one keeps its blocks.
+    """
     (M, N), R = y.shape, h.shape[1]
     K = w.shape[1] if w is not None else 0
     if y.numel() == 0:
@@ -155,6 +139,10 @@ def _launch(
     dropped = p > 0 and seed is not None
     main = x.dtype if base != NONE else y.dtype
     t = config or tile(kernel, arch(y), main, M, N, R)
+    if t.tma and base == GEMM and w is not None:
+        if takes_tma(x, w, y):
+            return persistent(x, w, bias, h, b, lora_bias, scale, threshold(p), seed if dropped else None, y, t)
+        t = config or tile(kernel, arch(y), main, M, N, R, tma=False)
     even_n, even_k = N % t.BLOCK_N == 0, K % t.BLOCK_K == 0
     with on_device(y):
         _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
@@ -168,7 +156,7 @@ def _launch(
             PIECES=pieces(main, (torch.float32, b.dtype), y.dtype),
             MAIN_PIECES=pieces(main, (w.dtype if w is not None else main,), y.dtype),
             EVEN_N=even_n, EVEN_K=even_k, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=16 if R <= 16 else t.BLOCK_R, GROUP_M=8,
+            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(R, t), GROUP_M=8,
             **t.options,
         )  # fmt: skip
     return y

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from fastlora_kernels.device import arch
 from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
+from fastlora_kernels.overlap import aside, mark, pays
 from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import strategy
 from fastlora_kernels.x_pass import x_pass
@@ -84,12 +85,18 @@ def lora_backward(
     """
     dh, db = dy_pass(dy, h, b, scale, want_dh=want_dx or want_da, want_db=want_db)
     grad = da = None
-    if want_da and dh is not None and x is not None:
-        da = x_pass(x, dh, a.dtype, p=p, seed=seed)
-    if want_dx and dh is not None:
-        if w is not None and chosen("dx", dy, w.shape[1], a.shape[0], how) == "fused":
-            grad = dx(dy, w, dh, a, p=p, seed=seed)
-        else:
-            base = torch.mm(dy, w) if w is not None else None
-            grad = add_dx(base, dh, a, dy.dtype, p=p, seed=seed)
+    if dh is None:
+        return grad, da, db
+    fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], a.shape[0], how) == "fused"
+    since = mark(dh, fused and want_da and pays(arch(dy)))
+    if fused and w is not None:
+        grad = dx(dy, w, dh, a, p=p, seed=seed)
+    elif want_dx:
+        base = torch.mm(dy, w) if w is not None else None
+        grad = add_dx(base, dh, a, dy.dtype, p=p, seed=seed)
+    if want_da and x is not None:
+        with aside(dh, since):
+            da = x_pass(x, dh, a.dtype, p=p, seed=seed)
+        if since is not None:
+            da.record_stream(torch.cuda.current_stream(da.device))  # its memory is the second stream's
     return grad, da, db

@@ -24,6 +24,7 @@ class Tile:
     """One launch configuration. shrink and x use BLOCK_M, BLOCK_K; dy a BLOCK_M or BLOCK_N output and BLOCK_K steps.
 
     BLOCK_R is the rank step of the GEMM's prologue; thin kernels hold up to 128 ranks at once.
+    tma: expand and dx in their persistent form, where the operands allow it; specialize: with warps for loads alone.
     """
 
     BLOCK_M: int
@@ -32,6 +33,8 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     BLOCK_R: int = 32
+    tma: bool = False
+    specialize: bool = False
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,10 +63,13 @@ def admits(row: dict[str, Any], dtype: torch.dtype, **sizes: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0) -> Tile:
-    """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an [M, N] operand or output, at rank R."""
+def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0, tma: bool = True) -> Tile:
+    """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an [M, N] operand or output, at rank R.
+
+    tma: False passes over the tiles that need tensor descriptors.
+    """
     for row in table(arch)["tiles"][kernel]:
-        if admits(row, dtype, M=M, N=N, R=R):
+        if admits(row, dtype, M=M, N=N, R=R) and (tma or not row["tile"].get("tma", False)):
             return Tile(**row["tile"])
     raise LookupError(f"table {arch}: no row of {kernel!r} admits {dtype}, M {M}, N {N}, R {R}; the last has bounds")
 
