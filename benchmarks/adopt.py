@@ -28,7 +28,8 @@ def text_of(table: dict[str, Any]) -> str:
         return f"[\n{lines}\n{indent}]"
 
     tiles = ",\n".join(f'    "{kernel}": {listed(rows, "    ")}' for kernel, rows in table["tiles"].items())
-    return f'{{\n  "tiles": {{\n{tiles}\n  }},\n  "strategy": {listed(table["strategy"], "  ")}\n}}\n'
+    overlap = f'  "overlap": {json.dumps(table["overlap"], ensure_ascii=False)},\n' if "overlap" in table else ""
+    return f'{{\n  "tiles": {{\n{tiles}\n  }},\n{overlap}  "strategy": {listed(table["strategy"], "  ")}\n}}\n'
 
 
 def write(path: Path, table: dict[str, Any]) -> None:
@@ -44,7 +45,7 @@ def checked(path: Path) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
         wanted = json.loads((FOLDER / "default.json").read_text())
-        if set(table) != {"tiles", "strategy"} or set(table["tiles"]) != set(wanted["tiles"]):
+        if set(table) - {"overlap"} != {"tiles", "strategy"} or set(table["tiles"]) != set(wanted["tiles"]):
             raise BadInput(f"{path}: got parts {sorted(table)}, wanted tiles of {sorted(wanted['tiles'])} and strategy")
         for name, rows in [*table["tiles"].items(), ("strategy", table["strategy"])]:
             for row in rows:

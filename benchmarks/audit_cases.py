@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +10,15 @@ from torch import Tensor
 
 import fastlora_kernels as kernels
 from fastlora_kernels.reduce import reduce
+from fastlora_kernels.routing import Routes
 from fastlora_kernels.tables import Tile, table, tile
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
-AXES = {"shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR", "reduce": ""}
+AXES = {
+    "shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR",
+    "multi_shrink": "KR", "multi_expand": "NR", "reduce": "", "count": "", "route": "",
+}  # fmt: skip
 """The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
 
 FLAGS = {
@@ -24,7 +28,8 @@ FLAGS = {
     "dy": ("",),
     "x": ("dropout",),
     "dx": ("", "dropout"),
-    "reduce": ("",),
+    "multi_shrink": ("3 layers",),
+    "multi_expand": ("1 layer", "3 layers"),
 }
 """The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -33,6 +38,7 @@ MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"),
 
 RANKS = (512, 64, 16)
 ROWS, FEATURES = 8192, 4096
+SLOTS, POOL = 64, 2048
 """The typical problem: sizes and strides are multiples of 16, as a launch then specialises on."""
 
 
@@ -48,6 +54,7 @@ class Case:
     rank: int
     flags: str
     rows: int = ROWS
+    features: int = FEATURES
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -62,7 +69,7 @@ class Case:
 
     def launch(self) -> None:
         """Call the launcher on tensors without storage; who records launches learns what it would have launched."""
-        M, N, K, R, t = self.rows, FEATURES, FEATURES, self.rank, self.tile
+        M, N, K, R, t = self.rows, self.features, self.features, self.rank, self.tile
         main, adapter = DTYPES[self.main], DTYPES[self.adapter]
 
         def of(*shape: int, dtype: torch.dtype = main) -> Tensor:
@@ -90,6 +97,26 @@ class Case:
                 kernels.dx(dy, w, h, a, p=p, seed=seed, config=t)
             case "reduce":
                 reduce(of(4, N, R, dtype=torch.float32), of(N, R, dtype=adapter))
+            case _:
+                self._launch_multi(x, dy, h, of)
+
+    def _launch_multi(self, x: Tensor, dy: Tensor, h: Tensor, of: Callable[..., Tensor]) -> None:
+        """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""
+        members, adapter, number = int(self.flags[:1] or 1), DTYPES[self.adapter], torch.int32
+        start, rank = of(SLOTS, dtype=number), of(members, SLOTS, dtype=number)
+        routes = Routes.empty(self.rows, SLOTS, "meta")
+        if self.kernel == "multi_shrink":
+            kernels.multi_shrink(
+                x, of(members, POOL, self.features, dtype=adapter), start, rank, self.rank, routes, config=self.tile
+            )
+        elif self.kernel == "multi_expand":
+            parts, b_pool = h.view(1, 1, *h.shape).expand(4, members, -1, -1), of(POOL, self.features, dtype=adapter)
+            scaling = of(members, SLOTS, dtype=torch.float32)
+            kernels.multi_expand(
+                [dy] * members, parts, [b_pool] * members, start, rank, scaling, rank, routes, config=self.tile
+            )
+        else:
+            kernels.route(of(self.rows, dtype=number), routes)
 
 
 def ranks(kernel: str, t: Tile) -> tuple[int, ...]:
@@ -102,7 +129,7 @@ def cases(archs: tuple[str, ...] = ARCHS, names: tuple[str, ...] = tuple(AXES)) 
     seen = set()
     for arch in archs:
         for kernel in names:
-            for case in _of_tables(arch, kernel) if AXES[kernel] else _of_reduce(arch):
+            for case in _of_tables(arch, kernel) if AXES[kernel] else _of_one(arch, kernel):
                 if case.key not in seen:
                     seen.add(case.key)
                     yield case
@@ -110,15 +137,16 @@ def cases(archs: tuple[str, ...] = ARCHS, names: tuple[str, ...] = tuple(AXES)) 
 
 def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
     for row in table(arch)["tiles"][kernel]:
-        t, rows = Tile(**row["tile"]), row.get("max_M", ROWS)
+        t, rows, features = Tile(**row["tile"]), row.get("max_M", ROWS), row.get("max_N", FEATURES)
         for main, adapter in MIXES:
             for rank in ranks(kernel, t):
-                if tile(kernel, arch, DTYPES[main], rows, FEATURES, rank, tma=t.tma) == t:
+                if tile(kernel, arch, DTYPES[main], rows, features, rank, tma=t.tma) == t:
                     for flags in FLAGS[kernel]:
-                        yield Case(arch, kernel, t, main, adapter, rank, flags, rows)
+                        yield Case(arch, kernel, t, main, adapter, rank, flags, rows, features)
                     break
 
 
-def _of_reduce(arch: str) -> Iterator[Case]:
-    for out in DTYPES:
-        yield Case(arch, "reduce", Tile(1), "fp32", out, 16, "")
+def _of_one(arch: str, kernel: str) -> Iterator[Case]:
+    """Kernels without a tile: the reduction by what it writes, the routing as it is."""
+    for out in DTYPES if kernel == "reduce" else ("fp32",):
+        yield Case(arch, kernel, Tile(1), "fp32", out, 16, "")

@@ -91,6 +91,8 @@ def neighbours(kernel: str, t: Tile) -> list[Tile]:
         least, most = LIMITS[axis]
         value = getattr(t, axis)
         found += [replace(t, **{axis: v}) for v in (value * 2, value // 2) if least <= v <= most]
+    if kernel in ("expand", "dx"):
+        found.append(replace(t, tma=not t.tma, specialize=False))
     return found + [replace(t, num_stages=n) for n in (t.num_stages + 1, t.num_stages - 1) if 1 <= n <= 5]
 
 
@@ -157,8 +159,7 @@ class Tuner:
         self, arch: str, device: str, timer: Timer, deadline: float, jobs: int = 0, grid: Grid | None = None
     ) -> None:
         self.device, self.timer, self.deadline, self.grid = device, timer, deadline, grid or GRIDS[device]
-        held = copy.deepcopy(table(arch))
-        self.table: dict[str, Any] = {"tiles": held["tiles"], "strategy": held["strategy"]}
+        self.table: dict[str, Any] = {name: copy.deepcopy(v) for name, v in table(arch).items() if name != "name"}
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs else None
 

@@ -26,7 +26,7 @@ SPLIT = 1024
 MEMBERS = 3
 
 
-@triton.jit(do_not_specialize=["M", "width"])
+@triton.jit(do_not_specialize=["M"])
 def _multi_shrink_kernel(
     x_ptr,
     a_ptr,
@@ -78,7 +78,63 @@ def _multi_shrink_kernel(
             tl.store(h_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "width"])
+@triton.jit
+def _expand_tile(
+    h_ptr,
+    b_ptr,
+    order_ptr,
+    tile_ptr,
+    start_ptr,
+    rank_ptr,
+    scaling_ptr,
+    biased_ptr,
+    y_ptr,
+    M,
+    N,
+    G,
+    width,
+    stride_ym,
+    member,
+    PARTS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[row, block] += scaling·(Σ_part h[part, member, row]·b[start : start + rank] + bias row), for one tile."""
+    pid, pid_n = tl.program_id(0), tl.program_id(1)
+    rows, slot = tl.load(tile_ptr + 3 * pid + 2), tl.load(tile_ptr + 3 * pid)
+    rank = tl.load(rank_ptr + member * G + slot)
+    if (rows > 0) & (rank > 0) & (pid_n * BLOCK_N < N):
+        offs_t = tl.arange(0, TILE_ROWS)
+        mask_m = offs_t < rows
+        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < N
+        mask = mask_m[:, None] & mask_n[None, :]
+        y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
+        y = tl.load(y_tile, mask=mask, other=0.0)  # first, so that its latency hides behind the product
+        start = tl.load(start_ptr + slot).to(tl.int64)
+        acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
+        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+            offs_r = r + tl.arange(0, BLOCK_R)
+            mask_r = offs_r < rank
+            h = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
+            for part in tl.static_range(PARTS):
+                h_rows = h_ptr + ((part * MEMBERS + member) * tl.cast(M, tl.int64) + offs_m)[:, None] * width
+                h += tl.load(h_rows + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            b_rows = b_ptr + (start + offs_r)[:, None] * N
+            b = tl.load(b_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+            acc = dot(h, b, acc, PIECES, INTERPRET)
+        biased = tl.load(biased_ptr + member * G + slot) != 0
+        bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0)
+        acc = (acc + bias.to(tl.float32)[None, :]) * tl.load(scaling_ptr + member * G + slot)
+        tl.store(y_tile, cast(acc + y.to(tl.float32), y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
 def _multi_expand_kernel(
     h_ptr,
     b0_ptr,
@@ -110,46 +166,26 @@ def _multi_expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[row, block] += scaling·(Σ_part h[part, member, row]·b[start : start + rank] + bias row), for one tile."""
-    pid, pid_n = tl.program_id(0), tl.program_id(1)
-    rows = tl.load(tile_ptr + 3 * pid + 2)
+    """The layers side by side: each program takes its own one's pointers in a branch, as a pointer that a branch
+    chooses loses its alignment (and does not compile for AMD)."""
     member = tl.program_id(2)
     if member == 0:
-        b_ptr, y_ptr, N, stride_ym = b0_ptr, y0_ptr, N0, stride_y0
-    elif member == 1:
-        b_ptr, y_ptr, N, stride_ym = b1_ptr, y1_ptr, N1, stride_y1
-    else:
-        b_ptr, y_ptr, N, stride_ym = b2_ptr, y2_ptr, N2, stride_y2
-    slot = tl.load(tile_ptr + 3 * pid)
-    rank = tl.load(rank_ptr + member * G + slot)
-    if (rows > 0) & (rank > 0) & (pid_n * BLOCK_N < N):
-        offs_t = tl.arange(0, TILE_ROWS)
-        mask_m = offs_t < rows
-        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < N
-        mask = mask_m[:, None] & mask_n[None, :]
-        y_tile = y_ptr + offs_m[:, None] * stride_ym + offs_n[None, :]
-        y = tl.load(y_tile, mask=mask, other=0.0)  # first, so that its latency hides behind the product
-        start = tl.load(start_ptr + slot).to(tl.int64)
-        acc = tl.zeros([TILE_ROWS, BLOCK_N], tl.float32)
-        for r in tl.range(0, rank, BLOCK_R, num_stages=1):
-            offs_r = r + tl.arange(0, BLOCK_R)
-            mask_r = offs_r < rank
-            h = tl.zeros([TILE_ROWS, BLOCK_R], tl.float32)
-            for part in tl.static_range(PARTS):
-                h_rows = h_ptr + ((part * MEMBERS + member).to(tl.int64) * M + offs_m)[:, None] * width
-                h += tl.load(h_rows + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            b = tl.load(
-                b_ptr + (start + offs_r)[:, None] * N + offs_n[None, :],
-                mask=mask_r[:, None] & mask_n[None, :],
-                other=0.0,
-            )
-            acc = dot(h, b, acc, PIECES, INTERPRET)
-        biased = tl.load(biased_ptr + member * G + slot) != 0
-        bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0)
-        acc = (acc + bias.to(tl.float32)[None, :]) * tl.load(scaling_ptr + member * G + slot)
-        tl.store(y_tile, cast(acc + y.to(tl.float32), y_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        _expand_tile(
+            h_ptr, b0_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y0_ptr,
+            M, N0, G, width, stride_y0, 0, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+        )  # fmt: skip
+    if MEMBERS > 1:
+        if member == 1:
+            _expand_tile(
+                h_ptr, b1_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y1_ptr,
+                M, N1, G, width, stride_y1, 1, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
+    if MEMBERS > 2:
+        if member == 2:
+            _expand_tile(
+                h_ptr, b2_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y2_ptr,
+                M, N2, G, width, stride_y2, 2, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+            )  # fmt: skip
 
 
 def multi_shrink(
@@ -159,11 +195,11 @@ def multi_shrink(
 
     x: [M, K], any strides.   a_pool: [members, T, K], rank rows of each layer, contiguous.   start: [G] int32, first
     rank row of each slot.   rank: [members, G] int32.   width: at least the largest rank.   routes: of the M rows.
-    Returns h: [parts, members, M, width] fp32, to be summed over parts of K; written where a row has a rank, and
-    nowhere else.
+    Returns h: [parts, members, M, ⌈width/16⌉·16] fp32, to be summed over parts of K; written where a row has a rank,
+    and nowhere else.
     """
     (M, K), members = x.shape, a_pool.shape[0]
-    parts = triton.cdiv(K, SPLIT)
+    parts, width = triton.cdiv(K, SPLIT), triton.cdiv(width, 16) * 16  # so that loads of h are wide
     h = x.new_empty((parts, members, M, width), dtype=torch.float32)
     if M == 0:
         return h
