@@ -22,6 +22,9 @@ FEW_INPUTS = 2**16
 FEW_PRODUCTS = 2**15
 """R·K up to which few rows of bf16 or fp16 multiply faster in fp32: a 16-bit product costs 17 µs however small."""
 
+FEW_ELEMENTS = 2**12
+"""M·K up to which a bit an element, from 16-bit lanes, is drawn faster than the gaps: fewer calls."""
+
 FEW_DRAWS = 1024
 """Up to here one `geometric_` call draws the gaps faster than five vectorised ones."""
 
@@ -30,6 +33,18 @@ MANY_OUTPUTS = 2**19
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
+
+
+def dropped(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """What dropout takes from an [M, K] tensor, as an index into it flattened: positions, or a bool for each element.
+
+    The same for the same seed; from a stream of the CPU's own where seed is on a CPU.
+    """
+    if M * K > FEW_ELEMENTS or seed.device.type != "cpu":
+        return holes(seed, M, K, p)
+    generator = torch.Generator().manual_seed(int(seed))
+    words = torch.empty(-(-M * K // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: M * K] < reference.dropout_threshold(p) - 2**15
 
 
 def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -76,6 +91,8 @@ def _drop(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x in dtype with the elements `gone` selected away, not yet divided by 1−p."""
     if gone is None:
         return x.to(dtype)
+    if gone.dtype is torch.bool:
+        return x.to(dtype).masked_fill(gone.view(x.shape), 0)
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1).index_fill_(0, gone, 0).view(x.shape)
 
 
@@ -132,7 +149,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
-    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
+    gone = dropped(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = _shrink(x, a, gone, p)
     return _add_low_rank_(y, *_with_bias(h, b, lora_bias), scale), h
 
@@ -149,7 +166,7 @@ def lora_update(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
-    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
+    gone = dropped(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = _shrink(x, a, gone, p)
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
     return _add_low_rank_(out, *_with_bias(h, b, lora_bias), scale).to(dtype), h
@@ -183,7 +200,7 @@ def lora_backward(
     M, K = dy.shape[0], a.shape[1]
     gone = None
     if seed is not None:
-        gone, scale = holes(seed, M, K, p), scale * dropout_scale(p)
+        gone, scale = dropped(seed, M, K, p), scale * dropout_scale(p)
     unscaled = torch.mm(dy_thin, b_thin)  # dh without its scale, which the next products bring
     if want_da and x is not None:
         thin = _thin(x, a)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerance import assert_same
 
-from fastlora.eager import holes
+from fastlora.eager import FEW_ELEMENTS, dropped, holes
 from fastlora.functional import lora_linear
 
 
@@ -48,13 +48,32 @@ def test_empty_and_tiny() -> None:
     assert len(holes(torch.tensor(1), 1, 1, 1e-9)) == 0
 
 
-def test_dropped_inf_and_nan_are_selected_away() -> None:
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.3, 0.5, 0.999])
+def test_few_elements_are_drawn_bit_by_bit(p: float) -> None:
+    """Over many seeds: each element is dropped at the rate p, of 16 bits, and no two of them together more often."""
+    M, K, seeds = 3, 5, 6000
+    gone = torch.stack([dropped(torch.tensor(s), M, K, p) for s in range(seeds)]).double()
+    bound = 5 * math.sqrt(max(p * (1 - p), 1e-4) / seeds)
+    assert gone.shape == (seeds, M * K) and bool(((gone.mean(0) - p).abs() < bound + 2**-16).all())
+    z = gone - gone.mean(0)
+    together = (z.t() @ z / seeds).fill_diagonal_(0).abs()
+    assert float(together.max()) < 5 * max(p * (1 - p), 1e-2) / math.sqrt(seeds)
+
+
+def test_which_form_depends_on_the_size_alone() -> None:
+    for size, dtype in ((FEW_ELEMENTS, torch.bool), (FEW_ELEMENTS + 1, torch.int64)):
+        assert dropped(torch.tensor(-7), 1, size, 0.3).dtype == dtype
+        assert_same(dropped(torch.tensor(-7), 1, size, 0.3), dropped(torch.tensor(-7), 1, size, 0.3))
+
+
+@pytest.mark.parametrize("M", [50, 500])
+def test_dropped_inf_and_nan_are_selected_away(M: int) -> None:
     """What is dropped is gone: inf and NaN in dropped places reach neither y's update nor any gradient."""
-    M, K, p = 50, 60, 0.4
+    K, p = 60, 0.4
     torch.manual_seed(2)
     seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
     x = torch.randn(M, K)
-    x.view(-1)[holes(seed, M, K, p)] = torch.tensor(float("nan"))
+    x.view(-1)[dropped(seed, M, K, p)] = torch.tensor(float("nan"))
     x.requires_grad_()
     a, b = torch.randn(3, K, requires_grad=True), torch.randn(20, 3, requires_grad=True)
     torch.manual_seed(2)

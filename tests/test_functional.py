@@ -80,10 +80,10 @@ def dropped_mask(t: dict[str, Tensor], p: float, backend: str, seed: int) -> Ten
     if backend == "triton":
         mask = reference.dropout_mask(drawn, M, K, p) * reference.dropout_scale(p)
     else:
-        from fastlora.eager import holes
+        from fastlora.eager import dropped
 
         mask = torch.full((M * K,), reference.dropout_scale(p), dtype=torch.float64)
-        mask[holes(drawn, M, K, p)] = 0
+        mask[dropped(drawn, M, K, p)] = 0
     return mask.view(t["x"].shape)
 
 
