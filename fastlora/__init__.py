@@ -3,7 +3,8 @@
     model = get_peft_model(model, LoraConfig(...))
     print(fastlora.patch(model))                       # and train as before
 
-Many adapters in one batch: `fastlora.AdapterBank`. Without PEFT: `fastlora.LoRALinear`, or `fastlora.functional.lora_linear` on bare tensors.
+Many adapters in one batch: `fastlora.AdapterBank`.
+Without PEFT: `fastlora.LoRALinear`, or `fastlora.functional.lora_linear` on bare tensors.
 """
 
 from __future__ import annotations

@@ -140,14 +140,14 @@ def _refuse_variants(options: dict[str, Any], name: str) -> None:
     start = options.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(_CHANGED_BASES):
         log.warning(
-            "adapter %r: init_lora_weights=%r changes the base's weights too, and this base is served as it is; convert "
-            "the adapter (save_pretrained(path_initial_model_for_weight_conversion=...)) unless it is that base",
+            "adapter %r: init_lora_weights=%r changes the base's weights too, and this base is served as it is; "
+            "convert it (save_pretrained's path_initial_model_for_weight_conversion), unless it was made on this base",
             name, start,
         )  # fmt: skip
 
 
-def _number(options: dict[str, Any], key: str, name: str, value: Any, wanted: type | tuple[type, ...]) -> Any:
-    if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
+def _number(key: str, name: str, value: Any, whole: bool) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not math.isfinite(value):
         raise ValueError(f"adapter {name!r}: got {key}={value!r}, wanted a finite number")
     return value
 
@@ -160,7 +160,7 @@ def _patterned(options: dict[str, Any], key: str, patterns: str, layer: str, nam
     except (re.error, TypeError) as error:
         raise ValueError(f"adapter {name!r}: got {patterns}={by_pattern!r}: {error}") from error
     value = options.get(key, 8) if found is None else by_pattern[found]
-    return _number(options, key, name, value, int if key == "r" else (int, float))
+    return _number(key, name, value, whole=key == "r")
 
 
 def matches(names: Any, layer: str) -> bool:
@@ -284,7 +284,7 @@ def _prompt(state: dict[str, Tensor], options: dict[str, Any], target: Target, n
     found = [t for key, t in state.items() if _PROMPT_KEY.fullmatch(key)]
     if len(found) != 1 or len(state) != 1:
         raise ValueError(f"adapter {name!r}: got {_some(sorted(state))}, wanted prompt_embeddings alone")
-    tokens = _number(options, "num_virtual_tokens", name, options.get("num_virtual_tokens"), int)
+    tokens = _number("num_virtual_tokens", name, options.get("num_virtual_tokens"), whole=True)
     if tokens < 1:
         raise ValueError(f"adapter {name!r}: got num_virtual_tokens={tokens}, wanted 1 or more")
     what = f"adapter {name!r}: prompt_embeddings"

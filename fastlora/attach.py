@@ -70,15 +70,16 @@ def find(base: nn.Module, target_modules: Any) -> list[Place]:
 
     Raises ValueError when there is none, TypeError for a layer of PEFT's that is no LoRA layer over a linear one.
     """
-    heads = {id(base.get_output_embeddings())} if hasattr(base, "get_output_embeddings") else set()
+    whole: Any = base
+    head = whole.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     every = target_modules in (None, "all-linear")
     places = []
     for place in _walk(base, ""):
         wrapped = place.base is not place.layer
         if wrapped and (sizes(place.base) is None or not hasattr(place.layer, "lora_A")):
             raise TypeError(f"model: got a {type(place.layer).__name__} at {place.name}, wanted LoRA on linear layers")
-        head = id(place.layer) in heads or place.name.split(".")[-1] == "lm_head"
-        if wrapped or (not head if every else matches(target_modules, place.name)):
+        inner = place.layer is not head and place.name.split(".")[-1] != "lm_head"
+        if wrapped or (inner if every else matches(target_modules, place.name)):
             places.append(place)
     if not places:
         raise ValueError(f"target_modules: got {target_modules!r}, which means no linear layer of the model")

@@ -271,7 +271,7 @@ class AdapterBank:
         mapping = torch.as_tensor(token_lora_mapping)
         if mapping.dim() != 1 or mapping.is_floating_point() or mapping.dtype == torch.bool:
             raise ValueError(
-                f"token_lora_mapping: got shape {tuple(mapping.shape)} of {mapping.dtype}, wanted [M] slots, whole numbers"
+                f"token_lora_mapping: got shape {tuple(mapping.shape)} of {mapping.dtype}, wanted [M] whole numbers"
             )
         made: dict[int, Standing] = self._mine.__dict__.setdefault("standing", {})
         M = len(mapping)
