@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import base_model, batch, peft_model
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from tenants import logits, prompter, rows, saved, state_of, take, tenant
 from tolerance import assert_all_close, assert_same, one_rounding, relative_error
 from torch import Tensor, nn
@@ -87,14 +87,14 @@ def test_greedy_tokens_are_those_alone(family: str) -> None:
     inputs = {"input_ids": batch(family, rows=6)["input_ids"]}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True)
-    seen = set()
+    base, changed = models[None].generate(**inputs, **options), 0
     for mapping in MAPPINGS.values():
         with bank.use(adapter_names=names(mapping)):
             mixed = model_of(bank).generate(**inputs, **options)
         for row, name in enumerate(names(mapping)):
             assert_same(mixed[row : row + 1], models[name].generate(**rows(inputs, row), **options))
-        seen |= {tuple(tokens) for tokens in mixed.tolist()}
-    assert len(seen) > 6, "the tenants must differ"
+        changed += int((mixed != base).any(1).sum())
+    assert changed >= 6, "the adapters must matter"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_mapping_that_names_a_deleted_slot_is_base_only() -> None:
 
 
 def test_prompts_and_adapters_in_one_batch() -> None:
-    """A row with both is PEFT's LoRA model fed the prompt's embeddings; one with a prompt alone PEFT's prompt tuning."""
+    """With both, a row is PEFT's LoRA model fed the prompt's embeddings; with a prompt alone PEFT's prompt tuning."""
     base = base_model()
     lora, soft, inputs = tenant(base, r=4), prompter(base, 5), batch(rows=4)
     inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
@@ -295,15 +295,12 @@ def test_prompts_and_adapters_in_one_batch() -> None:
 
     with bank.use(adapter_names=["a", None, "a", None], prompt_names=[None, "p", "p", None]):
         mixed = logits(model_of(bank), inputs)
-    draws: list[dict[str, Tensor]] = [{f"row {row}": mixed[row : row + 1] for row in range(4)}]
-    for wide in (False, True):
-        la, so, ba = (copy.deepcopy(m).double() if wide else m for m in (lora, soft, base))
-        one = [rows(inputs, row) for row in range(4)]
+    one = [rows(inputs, row) for row in range(4)]
+    draws = [{f"row {row}": mixed[row : row + 1] for row in range(4)}]
+    for la, so, ba in ((lora, soft, base), tuple(copy.deepcopy(m).double() for m in (lora, soft, base))):
         alone = logits(la, one[0]), logits(so, one[1])[:, 5:], both(la, one[2]["input_ids"]), logits(ba, one[3])
         draws.append({f"row {row}": value for row, value in enumerate(alone)})
-    draws[1] = {what.replace("row ", "row "): value for what, value in draws[1].items()}
-    keyed = [{f"row {key}" if isinstance(key, int) else key: v for key, v in d.items()} for d in draws]
-    assert_all_close([(keyed[0], keyed[1], keyed[2])])
+    assert_all_close([(draws[0], draws[1], draws[2])])
 
 
 def test_gradients_reach_the_input() -> None:
@@ -354,8 +351,6 @@ def test_modules_that_one_of_the_two_lacks(caplog: pytest.LogCaptureFixture) -> 
     assert "model.layers.2.self_attn.q_proj" in lacking and "layers.1" not in lacking
     assert "model.layers.0.mlp.down_proj" in missing and "layers.1" not in missing
     theirs = get_peft_model(copy.deepcopy(base), bigger.peft_config["default"]).eval()
-    from peft import set_peft_model_state_dict
-
     set_peft_model_state_dict(theirs, state)
     with bank.use(["a"] * 3):
         ours = logits(model_of(bank), inputs)
