@@ -20,6 +20,9 @@ from fastlora import dispatch, eager, ops
 TOGETHER = 3
 """Layers that one launch takes."""
 
+MAX_RANK = 512
+"""The largest rank of an adapter."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -33,14 +36,25 @@ class Factors:
 
 @dataclass
 class Tables:
-    """What all layers of a bank share.   rows: T, rank rows.   start: [G] int32, each slot's first rank row."""
+    """What all layers of a bank share.   rows: T, rank rows.   start: [G] int32, each slot's first rank row.
+
+    widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   edition: counts changes.
+    """
 
     rows: int
     start: Tensor
+    widest: list[int] = field(default_factory=list)
+    edition: int = 0
 
     @classmethod
     def empty(cls, slots: int, rows: int, device: torch.device) -> Tables:
-        return cls(rows, torch.zeros(slots, dtype=torch.int32, device=device))
+        return cls(rows, torch.zeros(slots, dtype=torch.int32, device=device), [0] * slots)
+
+    def hold(self, slot: int, start: int, rank: int) -> None:
+        """The slot's adapter begins at `start`; with rank 0 there is none any more."""
+        self.start[slot] = start
+        self.widest[slot] = rank
+        self.edition += 1
 
     @property
     def slots(self) -> int:
@@ -81,8 +95,55 @@ class Batch:
     def stacks(self, group: Group) -> Stacks:
         """The factors in the order of the requests, gathered once for a CPU."""
         if id(group) not in self._stacks:
-            self._stacks[id(group)] = group.gather(self)
+            with torch.inference_mode(False):  # they may outlive the caller's inference mode
+                self._stacks[id(group)] = group.gather(self)
         return self._stacks[id(group)]
+
+    def on_host(self) -> Batch:
+        """The batch whose slots the host knows: itself."""
+        return self
+
+
+class Standing(Batch):
+    """A batch said token by token in fixed buffers: a captured CUDA graph replays with what was copied in last.
+
+    tokens: M.   mapping: [M] int32, the slot of each row of x.   A slot that nobody is in is the base alone.
+    """
+
+    def __init__(self, tables: Tables, tokens: int) -> None:
+        super().__init__(tables, (), {})
+        device = tables.start.device
+        self.mapping = torch.full((tokens,), -1, dtype=torch.int32, device=device)
+        self.width = min(tables.rows, MAX_RANK)  # whoever comes later
+        self._probe = torch.empty(0, device=device)
+        self._buffers: Any = None
+        self._seen: tuple[int, Batch] | None = None
+
+    def copy_(self, mapping: Tensor) -> None:
+        """Take over mapping: [M], whatever integer dtype; nothing is allocated the second time, and nothing waits."""
+        self.mapping.copy_(mapping, non_blocking=True)
+        self._seen = None
+        if dispatch.backend_of(self._probe) == "triton":
+            if self._buffers is None:
+                self._buffers = ops.kernels.Routes.empty(len(mapping), self.tables.slots, self.mapping.device)
+            ops.kernels.route(self.mapping, self._buffers)
+
+    def share(self, x: Tensor) -> int:
+        if x.shape[:-1].numel() != len(self.mapping):
+            raise ValueError(f"x: got shape {tuple(x.shape)}, wanted the {len(self.mapping)} rows that were prepared")
+        return 1
+
+    def routes(self, x: Tensor) -> Any:
+        self.share(x)
+        return self._buffers
+
+    def on_host(self) -> Batch:
+        """The same batch with slots that the host has read, made again when an adapter came or went."""
+        edition, widest = self.tables.edition, self.tables.widest
+        if self._seen is None or self._seen[0] != edition:
+            slots = [slot if 0 <= slot < len(widest) and widest[slot] else -1 for slot in self.mapping.tolist()]
+            self._seen = edition, Batch(self.tables, slots, dict(enumerate(widest)))
+        return self._seen[1]
 
 
 @dataclass(frozen=True)
@@ -115,6 +176,11 @@ def serving(batch: Batch | None) -> Iterator[None]:
         yield
     finally:
         _current.batch = before
+
+
+def stand(batch: Batch | None) -> None:
+    """As `serving`, until said otherwise."""
+    _current.batch = batch
 
 
 class Group:
@@ -161,6 +227,27 @@ class Group:
         self.biased[:, slot] = 0
         for ranks in self.ranks:
             ranks[slot] = 0
+
+    def read(self, slot: int, start: int) -> list[Factors | None]:
+        """What `store` was given, in the pools' dtype and on the CPU."""
+        parts: list[Factors | None] = []
+        for member, ranks in enumerate(self.ranks):
+            R, b_pool = ranks[slot], self.b_pools[member]
+            end = start + R
+            if R == 0:
+                parts.append(None)
+                continue
+            bias = b_pool[end].to("cpu", copy=True) if self.biased[member, slot] else None
+            a = self.a_pool[member, start:end].to("cpu", copy=True)
+            b = b_pool[start:end].t().to("cpu", copy=True)
+            parts.append(Factors(a, b, bias, float(self.scaling[member, slot])))
+        return parts
+
+    def move(self, start: int, to: int, rows: int) -> None:
+        """Rank rows to another place, which they may overlap."""
+        self.a_pool[:, to : to + rows] = self.a_pool[:, start : start + rows].clone()
+        for b_pool in self.b_pools:
+            b_pool[to : to + rows] = b_pool[start : start + rows].clone()
 
     def gather(self, batch: Batch) -> Stacks:
         """The batch's factors in the order of its requests."""
@@ -220,6 +307,9 @@ class Group:
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(y.requires_grad for y in ys))
         if needs_grad or dispatch.backend_of(x) == "torch":
             batch.share(x)
+            batch = batch.on_host()
+            if batch.width == 0:
+                return
             stacks = batch.stacks(self)
             a = stacks.a if whole else stacks.a[:, members[0] * batch.width : (members[0] + 1) * batch.width]
             bs, biases = [stacks.bs[i] for i in members], [stacks.biases[i] for i in members]

@@ -1,0 +1,335 @@
+"""AdapterBank: one base model, one batch, every request its own LoRA adapter, its own soft prompt, both or neither.
+
+    bank = fastlora.AdapterBank(model)
+    bank.load_adapter("path/to/adapter", "a")
+    with bank.use(adapter_names=["a", None], prompt_names=None):
+        model.generate(**batch)
+
+Any thread may load, delete and replace while others generate: one lock keeps the books, and a batch holds on to the
+version of each adapter that it began with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import adapters, multi
+from fastlora.attach import Attached
+from fastlora.multi import Batch, Standing
+from fastlora.pools import LayerPools, PromptPools
+from fastlora.prompts import PromptOf, Prompts
+from fastlora.storage import Shelf, Storage, Version
+
+BASE = "__base__"
+"""The name of no adapter at all, as None is."""
+
+CACHED_BATCHES = 4
+"""Mixes of adapters whose gathered factors are kept for the next `use`."""
+
+
+class UnknownAdapter(KeyError, ValueError):
+    """A name that the bank does not know."""
+
+    __str__ = ValueError.__str__
+
+
+@dataclass(frozen=True)
+class Listing:
+    """One adapter of a bank.
+
+    kind: "lora" or "prompt".   rank: the largest over all layers, 0 for a prompt.   tokens: virtual tokens, 0 for LoRA.
+    bytes: in the bank's dtype.   where: "device" or "host".   generation: of this load, unique in the bank.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    tokens: int
+    bytes: int
+    where: str
+    generation: int
+    pinned: bool
+
+
+class AdapterBank:
+    """Many adapters and soft prompts on one model, each request of a batch with its own.
+
+    model: a Hugging Face causal or sequence-to-sequence LM, or a PeftModel of one, whose LoRA adapters the bank takes
+    over under their names.   max_loras, max_prompts: how many fit on the device at once.   max_total_rank: rank rows
+    there, shared by all adapters: one takes its largest rank, and one row more with a lora_bias.   max_prompt_tokens:
+    the same for virtual tokens.   target_modules: name endings or a regex, as PEFT's; None for every linear layer but
+    the output head.   dtype: the adapters', the model's if None.   host_bytes: for adapters that wait on the host.
+
+    The layers are replaced by MultiLoRALinear; outside of `use` and `prepare` the model is its base to the bit, and
+    `close` puts everything back.   Raises TypeError, ValueError.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_loras: int = 64,
+        max_total_rank: int = 2048,
+        max_prompts: int = 64,
+        max_prompt_tokens: int = 4096,
+        target_modules: Any = None,
+        *,
+        dtype: torch.dtype | None = None,
+        host_bytes: int = 4 << 30,
+    ) -> None:
+        sizes = {"max_loras": max_loras, "max_total_rank": max_total_rank, "max_prompts": max_prompts}
+        for what, size in (sizes | {"max_prompt_tokens": max_prompt_tokens, "host_bytes": host_bytes + 1}).items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{what}: got {size!r}, wanted a whole number ≥ 1")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype: got {dtype}, wanted a floating dtype")
+        self._closed = False
+        self._lock = threading.RLock()
+        self._mine = threading.local()
+        self._generations = itertools.count(1)
+        self._versions: dict[str, Version] = {}
+        self._batches: OrderedDict[Any, Batch] = OrderedDict()
+        self._attached = Attached(model, target_modules, max_loras, max_total_rank, dtype)
+        try:
+            self._prompts = Prompts(self._attached.base, max_prompts, max_prompt_tokens)
+            layers = LayerPools(self._attached.tables, self._attached.groups, self._attached.names)
+            self._lora = Shelf("rank rows", layers, max_loras, max_total_rank)
+            prompts = Shelf("virtual tokens", PromptPools(self._prompts), max_prompts, max_prompt_tokens)
+            self._storage = Storage({"lora": self._lora, "prompt": prompts}, host_bytes, self._forget)
+            for name, adapter in self._attached.loaded():
+                self._add(adapter, name, False, None)
+        except BaseException:
+            self._attached.detach()
+            raise
+
+    def load_adapter(
+        self,
+        path_or_state_dict: Any,
+        adapter_name: str,
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        config: Any = None,
+    ) -> int:
+        """Take in an adapter of PEFT's, LoRA or prompt tuning; all of it, or nothing and the bank is as it was.
+
+        path_or_state_dict: a folder as PEFT saves it, or a state dict with its `config` (PEFT's, or that as a dict).
+        pinned: it stays on the device.   replace: it may take the name of another, which serves the batches that
+        already run with it and then goes; what was pinned stays so.   Returns the generation number of this load.
+        Raises ValueError, TypeError, FileNotFoundError for what cannot be served; RuntimeError for too little room.
+        """
+        if not isinstance(adapter_name, str) or adapter_name in ("", BASE):
+            raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name other than {BASE!r}")
+        adapter = adapters.read(path_or_state_dict, config, self._attached.target, adapter_name)
+        with self._lock:
+            self._check_open()
+            old = self._versions.get(adapter_name)
+            if old is not None and not replace:
+                raise ValueError(
+                    f"adapter_name: got {adapter_name!r}, which is loaded; wanted replace=True or a new name"
+                )
+            return self._add(adapter, adapter_name, pinned or (old is not None and old.pinned), old)
+
+    def _add(self, adapter: adapters.Adapter, name: str, pinned: bool, old: Version | None) -> int:
+        sizes = adapter.rank, adapter.rows, adapter.bytes
+        version = Version(name, next(self._generations), adapter.kind, *sizes, pinned=pinned)
+        self._storage.add(version, adapter, old)
+        self._versions[name] = version
+        if old is not None:
+            self._uncache(old)
+        return version.generation
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; batches that run with it finish with it.   Raises UnknownAdapter."""
+        with self._lock:
+            version = self._find(name)
+            self._forget(version)
+            self._storage.retire(version)
+
+    def _forget(self, version: Version) -> None:
+        del self._versions[version.name]
+        self._uncache(version)
+
+    def _uncache(self, version: Version) -> None:
+        for key in [key for key in self._batches if version.generation in key[2]]:
+            del self._batches[key]
+
+    def pin_adapter(self, name: str, pinned: bool = True) -> None:
+        """Bring an adapter to the device and keep it there; or no longer.   Raises UnknownAdapter, RuntimeError."""
+        with self._lock:
+            version = self._find(name)
+            if pinned:
+                self._bring([version])
+            version.pinned = pinned
+
+    def list_adapters(self) -> list[Listing]:
+        """All adapters, in the order of their loads."""
+        with self._lock:
+            versions = sorted(self._versions.values(), key=lambda v: v.generation)
+            return [
+                Listing(
+                    v.name, v.kind, v.rank, v.rows if v.kind == "prompt" else 0, v.bytes,
+                    "device" if v.on_device else "host", v.generation, v.pinned,
+                )
+                for v in versions
+            ]  # fmt: skip
+
+    def slot(self, name: str | None) -> int:
+        """The number to put into a mapping for `prepare`; −1 for None or "__base__".
+
+        The adapter is pinned with it: its slot stays its own until it is unpinned, deleted or replaced.
+        Raises UnknownAdapter; RuntimeError when there is too little room.
+        """
+        if name is None or name == BASE:
+            return -1
+        with self._lock:
+            version = self._find(name, "lora")
+            self.pin_adapter(name)
+            return version.slot
+
+    @contextlib.contextmanager
+    def use(
+        self, adapter_names: Sequence[str | None] | None = None, prompt_names: Sequence[str | None] | None = None
+    ) -> Iterator[None]:
+        """The model's forward and generate, called in this thread inside, serve each request with its own.
+
+        adapter_names, prompt_names: a name for each request of the batch, None or "__base__" for none; None for all
+        without.   Enter it in the thread that generates: other threads have batches of their own.
+        Raises UnknownAdapter; ValueError when the two differ in length, or, once the model runs, from the batch;
+        RuntimeError when not all of them fit on the device beside what is pinned or in use.
+        """
+        loras, prompts = _names("adapter_names", adapter_names), _names("prompt_names", prompt_names)
+        if loras is not None and prompts is not None and len(loras) != len(prompts):
+            raise ValueError(f"prompt_names: got {len(prompts)} names, wanted {len(loras)} as in adapter_names")
+        requests = len(loras or prompts or ())
+        with self._lock:
+            self._check_open()
+            mine = [self._find(name, "lora") if name else None for name in loras or [None] * requests]
+            ahead = [self._find(name, "prompt") if name else None for name in prompts or [None] * requests]
+            held = list(dict.fromkeys(v for v in (*mine, *ahead) if v is not None))
+            self._bring(held)
+            batch = self._batch(mine) if requests else None
+            wanted = [
+                PromptOf(p.slot, p.start, p.rows, (p.generation, v.generation if v else 0)) if p else None
+                for p, v in zip(ahead, mine, strict=True)
+            ]
+            for version in held:
+                version.users += 1
+        try:
+            with multi.serving(batch), self._prompts.serving(wanted) if any(wanted) else contextlib.nullcontext():
+                yield
+        finally:
+            self._tidy()
+            with self._lock:
+                for version in held:
+                    self._storage.release(version)
+
+    def _bring(self, versions: list[Version]) -> None:
+        """Onto the device, and whoever left it out of the cached batches."""
+        missing = any(not version.on_device for version in versions)
+        self._storage.bring(versions)
+        if missing:
+            here = {0} | {v.generation for v in self._lora.resident}
+            for key in [key for key in self._batches if not here.issuperset(key[2])]:
+                del self._batches[key]
+
+    def _batch(self, versions: list[Version | None]) -> Batch:
+        """The Batch of these, one of the last few if they were the same, in the same places and on the same stream."""
+        device = self._attached.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        slots = tuple(v.slot if v else -1 for v in versions)
+        key = stream, slots, tuple(v.generation if v else 0 for v in versions)
+        if key not in self._batches:
+            ranks = {v.slot: v.rank for v in versions if v}
+            self._batches[key] = Batch(self._attached.tables, slots, ranks)
+            if len(self._batches) > CACHED_BATCHES:
+                self._batches.popitem(last=False)
+        self._batches.move_to_end(key)
+        return self._batches[key]
+
+    def prepare(self, token_lora_mapping: Tensor | Sequence[int] | None) -> None:
+        """Serve this thread's calls by a mapping from now on, without `use`; None for the base alone again.
+
+        token_lora_mapping: [M], the `slot` of each row of x, tokens of a batch in their order, −1 for base only; so is
+        a slot whose adapter is gone. It is copied into buffers that were made for the first mapping of M rows: later
+        ones allocate nothing and wait for nothing, and a captured CUDA graph replays with the latest.
+        Raises TypeError, ValueError.
+        """
+        if token_lora_mapping is None:
+            self._stand(None)
+            return
+        self._check_open()
+        mapping = torch.as_tensor(token_lora_mapping)
+        if mapping.dim() != 1 or mapping.is_floating_point() or mapping.dtype == torch.bool:
+            raise ValueError(
+                f"token_lora_mapping: got shape {tuple(mapping.shape)} of {mapping.dtype}, wanted [M] whole numbers"
+            )
+        made: dict[int, Standing] = self._mine.__dict__.setdefault("standing", {})
+        M = len(mapping)
+        if M not in made:
+            made[M] = Standing(self._attached.tables, M)
+        made[M].copy_(mapping)
+        self._tidy()
+        self._stand(made[M])
+
+    def _stand(self, batch: Standing | None) -> None:
+        """This thread's standing batch; adapters keep their places while there is one in any thread."""
+        before = multi.current()
+        multi.stand(batch)
+        with self._lock:
+            if isinstance(before, Standing):
+                self._lora.standing.discard(before)
+            if batch is not None:
+                self._lora.standing.add(batch)
+
+    def _tidy(self) -> None:
+        """Let go of outputs that wait for a layer that was never called."""
+        for group in self._attached.groups:
+            group.forget()
+
+    def close(self) -> None:
+        """Put the model back as it was; a PeftModel has its own layers and adapters again."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._attached.detach()
+                self._prompts.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the bank is closed: its model serves no adapters any more")
+
+    def _find(self, name: str, kind: str | None = None) -> Version:
+        version = self._versions.get(name)
+        if version is None:
+            near = difflib.get_close_matches(str(name), self._versions, n=5, cutoff=0.5)
+            known = near + [other for other in self._versions if other not in near]
+            listed = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+            raise UnknownAdapter(
+                f"adapter {name!r}: not loaded, deleted, or dropped from a full host cache; wanted one of: "
+                f"{listed or 'none are loaded'}"
+            )
+        if kind not in (None, version.kind):
+            belongs = "prompt_names" if version.kind == "prompt" else "adapter_names"
+            raise ValueError(f"adapter {name!r}: got a {version.kind}, wanted a {kind}; it belongs in {belongs}")
+        return version
+
+
+def _names(what: str, names: Sequence[str | None] | None) -> list[str | None] | None:
+    """The names, None for the base.   Raises TypeError."""
+    if names is None:
+        return None
+    if len(names) == 0:
+        raise ValueError(f"{what}: got no names, wanted one for each request")
+    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(f"{what}: got {names!r}, wanted a list of names, one for each request")
+    return [None if name == BASE else name for name in names]

@@ -1,0 +1,275 @@
+"""Soft prompts by request: virtual tokens before each row of a batch, of any length or none, in forward and generate.
+
+A decoder reads them as keys and values, computed once per (prompt, adapter) and kept: a batch's cache begins with each
+row's, ending where its tokens begin. An encoder reads them as embeddings, each row packed to the left. Both are done
+where the model's forward is entered, so whoever calls it (generate, its beams, a loop of one's own) is served alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import multi
+from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, shifted
+
+BEGUN = "_fastlora_prompts"
+"""The attribute of a cache that names the requests whose virtual tokens it begins with."""
+
+
+@dataclass(frozen=True)
+class PromptOf:
+    """A request's soft prompt.   start, tokens: its rows of the pool.   version: of (prompt, adapter).
+
+    Requests that are equal, and whose adapter takes the same slot, share one prefix.
+    """
+
+    slot: int
+    start: int
+    tokens: int
+    version: tuple[int, ...]
+
+
+Requests = tuple[PromptOf | None, ...]
+
+
+class Prompts:
+    """The pool of a model's soft prompts, and what puts them before the rows of its batches.
+
+    model: a Hugging Face causal or seq2seq language model, plain or PEFT; a causal one's cache holds plain keys and
+    values.   pool: [max_tokens, d], in the dtype of the input embeddings.   kept_tokens: virtual tokens of all prefixes
+    that are kept, 4·max_tokens if not given; the least recently used goes first.   Prompts are constants: no gradient.
+    Raises ValueError for a model that generates no text.
+    """
+
+    def __init__(self, model: Any, max_prompts: int, max_tokens: int, kept_tokens: int | None = None) -> None:
+        hugging: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not (hasattr(hugging, "can_generate") and hugging.can_generate()):
+            raise ValueError(f"model: got {type(hugging).__name__}, wanted one that generates text")
+        weight = hugging.get_input_embeddings().weight
+        self.model, self.max_prompts = hugging, max_prompts
+        self.pool = torch.zeros((max_tokens, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+        self.kept_tokens = 4 * max_tokens if kept_tokens is None else kept_tokens
+        self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
+        self._lock = threading.Lock()
+        self._current = threading.local()
+        self._installed: list[tuple[Any, str, Any, Any]] = []
+        if hugging.config.is_encoder_decoder:
+            self._install(hugging.get_encoder(), "forward", self._encoder)
+            self._install(hugging, "forward", self._encoder_decoder)
+        else:
+            self._positioned = "position_ids" in inspect.signature(hugging.forward).parameters
+            self._alone = hugging.forward
+            self._install(hugging, "forward", self._decoder)
+            self._install(hugging, "generate", self._generate)
+
+    def _install(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Put around(inner, …) in the place of the method, with its signature."""
+        inner = getattr(owner, name)
+        wrapped = functools.update_wrapper(functools.partial(around, inner), inner)
+        self._installed.append((owner, name, vars(owner).get(name), wrapped))
+        setattr(owner, name, wrapped)
+
+    def close(self) -> None:
+        """Give the model its methods back, and free the prefixes."""
+        while self._installed:
+            owner, name, before, wrapped = self._installed.pop()
+            if vars(owner).get(name) is wrapped:
+                delattr(owner, name)
+                if before is not None:
+                    setattr(owner, name, before)
+        self._prefixes.clear()
+
+    def store(self, slot: int, start: int, rows: Tensor, decoder_rows: Tensor | None = None) -> None:
+        """Copy a prompt's virtual tokens into the pool.
+
+        rows: [P, d].   decoder_rows: [P, d], the second half of a seq2seq prompt: PEFT saves it, and reads it nowhere
+        in prompt tuning, and so do we.   Raises ValueError where slot, start or the shapes do not fit.
+        """
+        if rows.dim() != 2 or not len(rows) or rows.shape[1] != self.pool.shape[1]:
+            raise ValueError(f"rows: got shape {tuple(rows.shape)}, wanted [tokens, {self.pool.shape[1]}]")
+        if decoder_rows is not None and decoder_rows.shape != rows.shape:
+            raise ValueError(f"decoder_rows: got shape {tuple(decoder_rows.shape)}, wanted {tuple(rows.shape)}")
+        self._check(slot, start, len(rows))
+        self.clear(slot)
+        with torch.no_grad():
+            self.pool[start : start + len(rows)].copy_(rows)
+
+    def clear(self, slot: int) -> None:
+        """Drop the slot's prefixes; its rows of the pool are free."""
+        with self._lock:
+            for key in [key for key in self._prefixes if key[0].slot == slot]:
+                del self._prefixes[key]
+
+    def _check(self, slot: int, start: int, tokens: int) -> None:
+        if not 0 <= slot < self.max_prompts:
+            raise ValueError(f"slot: got {slot}, wanted 0 to {self.max_prompts - 1}")
+        if not 0 <= start < start + tokens <= len(self.pool):
+            raise ValueError(f"start: got {start} for {tokens} tokens, wanted room for 1 or more in {len(self.pool)}")
+
+    @contextlib.contextmanager
+    def serving(self, requests: Sequence[PromptOf | None] | None) -> Iterator[None]:
+        """The model, called in this thread, reads each request's virtual tokens before its rows; None: none.
+
+        A batch has the same number of rows for each request, side by side (its beams).
+        """
+        for request in requests or ():
+            if request is not None:
+                self._check(request.slot, request.start, request.tokens)
+        before = self._requests()
+        self._current.requests = tuple(requests) if requests and any(requests) else None
+        try:
+            yield
+        finally:
+            self._current.requests = before
+
+    def _requests(self) -> Requests | None:
+        return getattr(self._current, "requests", None)
+
+    def _tokens(self, requests: Requests, rows: int, device: torch.device) -> Tensor:
+        """Virtual tokens of each row: [rows]."""
+        if rows % len(requests):
+            raise ValueError(f"input_ids: got {rows} rows, wanted a multiple of the batch's {len(requests)} requests")
+        tokens = torch.tensor([request.tokens if request else 0 for request in requests])
+        return tokens.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
+
+    def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """generate would count a cache's virtual tokens among input_ids: it must begin with none."""
+        if getattr(kwargs.get("past_key_values"), BEGUN, None) is not None:
+            raise ValueError("past_key_values: got a cache that holds virtual tokens, wanted none or an empty one")
+        return inner(*args, **kwargs)
+
+    def _decoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A causal model's forward, on a cache that begins with the requests' prefixes."""
+        kwargs = named(inner, args, kwargs)
+        requests, cache = self._requests(), kwargs.get("past_key_values")
+        begun = getattr(cache, BEGUN, None)
+        if begun is not None and begun != requests:
+            raise ValueError("past_key_values: got a cache begun for other prompts, wanted those of this batch")
+        if requests is None:
+            return inner(**kwargs)
+        inputs = given(kwargs)
+        tokens, longest = self._tokens(requests, len(inputs), inputs.device), max(r.tokens for r in requests if r)
+        prefixes = self._of(requests) if begun is None else []
+        if begun is None:
+            kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
+            setattr(kwargs["past_key_values"], BEGUN, requests)
+        total = kwargs["past_key_values"].get_seq_length() - longest + inputs.shape[1]
+        mask = mask_of(kwargs, (len(inputs), total), inputs.device)
+        virtual = torch.arange(longest, device=inputs.device) >= longest - tokens[:, None]
+        kwargs["attention_mask"] = torch.cat([virtual.to(mask.dtype), mask], 1)
+        if self._positioned:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
+            elif positions.dim() != 2:
+                raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, tokens]")
+            kwargs["position_ids"] = positions + tokens[:, None]
+        labels = kwargs.pop("labels", None)
+        as_dict, use_cache = (kwargs.pop(name, None) for name in ("return_dict", "use_cache"))
+        use_cache = self.model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache
+        output = inner(**kwargs, use_cache=use_cache, return_dict=True)
+        fields = dict(output.items())
+        if cache is None and not use_cache:
+            fields.pop("past_key_values", None)
+        if labels is not None:
+            options = {name: kwargs[name] for name in kwargs.keys() - inspect.signature(inner).parameters.keys()}
+            logits = output.logits
+            if prefixes:
+                logits, labels = shifted(logits, labels, mask, tokens, prefixes)
+            fields["loss"] = self.model.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **options
+            )
+        output = type(output)(**fields)
+        return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
+
+    def _of(self, requests: Requests) -> list[Prefix | None]:
+        """Each request's prefix, under its adapter in this thread's batch."""
+        batch = multi.current()
+        slots = (-1,) * len(requests) if batch is None else batch.slots
+        if len(slots) != len(requests):
+            raise ValueError(f"requests: got {len(requests)}, wanted the {len(slots)} of the adapters' batch")
+        return [None if r is None else self._prefix(r, slot, batch) for r, slot in zip(requests, slots, strict=True)]
+
+    def _prefix(self, request: PromptOf, adapter: int, batch: multi.Batch | None) -> Prefix:
+        """The kept prefix, or a new one: the model run on the virtual tokens alone."""
+        device = self.pool.device.type
+        key = request, adapter, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        with self._lock:
+            if key not in self._prefixes:
+                alone = None
+                if batch is not None and adapter >= 0:
+                    alone = multi.Batch(batch.tables, [adapter], {adapter: batch.width})
+                rows = self.pool[request.start : request.start + request.tokens]
+                with torch.inference_mode(False), torch.no_grad(), multi.serving(alone):
+                    output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
+                cache = output.get("past_key_values")
+                check_plain(cache)
+                layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+                self._prefixes[key] = Prefix(type(cache), layers, output.logits[0, -1].clone())
+            self._prefixes.move_to_end(key)
+            found = self._prefixes[key]
+            while len(self._prefixes) > 1 and sum(kept.tokens for kept, *_ in self._prefixes) > self.kept_tokens:
+                self._prefixes.popitem(last=False)
+            return found
+
+    def _encoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The encoder's forward, on embeddings that begin with the virtual tokens."""
+        kwargs = named(inner, args, kwargs)
+        requests = self._requests()
+        return inner(**(kwargs if requests is None else self._embedded(requests, kwargs)))
+
+    def _encoder_decoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A seq2seq model's forward: the encoder's inputs, or the mask over what it returned, with virtual tokens."""
+        kwargs = named(inner, args, kwargs)
+        requests, encoded = self._requests(), kwargs.get("encoder_outputs")
+        if requests is None:
+            return inner(**kwargs)
+        if encoded is None:
+            kwargs = self._embedded(requests, kwargs)
+        else:
+            rows, columns = encoded[0].shape[:2]
+            tokens = self._tokens(requests, rows, encoded[0].device)
+            mask = mask_of(kwargs, (rows, columns - max(r.tokens for r in requests if r)), encoded[0].device)
+            kwargs["attention_mask"] = Packed.of(mask, tokens, columns).mask
+        with self.serving(None):
+            return inner(**kwargs)
+
+    def _embedded(self, requests: Requests, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments in which embeddings with the virtual tokens take the place of input_ids."""
+        inputs = given(kwargs)
+        embeds = inputs if inputs.is_floating_point() else self.model.get_input_embeddings()(inputs)
+        (rows, S), device = inputs.shape[:2], embeds.device
+        tokens = self._tokens(requests, rows, device)
+        mask = mask_of(kwargs, (rows, S), device)
+        packed = Packed.of(mask, tokens, S + max(r.tokens for r in requests if r))
+        starts = torch.tensor([request.start if request else 0 for request in requests])
+        first = starts.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
+        at = torch.where(packed.virtual, first[:, None] + torch.arange(packed.mask.shape[1], device=device), 0)
+        embeds = embeds.take_along_dim(packed.source[..., None], 1)
+        embeds = torch.where(packed.virtual[..., None], self.pool[at].to(embeds.dtype), embeds)
+        return kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask}
+
+
+def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, all by name."""
+    names = inspect.signature(function).parameters if args else ()
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def given(kwargs: dict[str, Any]) -> Tensor:
+    """input_ids: [B, S], or inputs_embeds: [B, S, d]."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = kwargs.get(name)
+        if isinstance(value, Tensor):
+            return value
+    raise ValueError("input_ids: got neither these nor inputs_embeds, wanted one of them to put virtual tokens before")

@@ -1,0 +1,216 @@
+"""Where adapters live: on the device in runs of rows, or on the host while others need the room."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+from fastlora.adapters import Adapter
+from fastlora.pools import Pools
+from fastlora.runs import Runs
+
+log = logging.getLogger("fastlora")
+
+
+@dataclass(eq=False)
+class Version:
+    """One load of an adapter.   What it computes never changes; where it lives does.
+
+    rows: rank rows or virtual tokens in a pool.   waiting: its factors, while on the host.   slot, start: its place,
+    while on the device.   users: batches that run with it.   current: not yet replaced or deleted.
+    """
+
+    name: str
+    generation: int
+    kind: str
+    rank: int
+    rows: int
+    bytes: int
+    pinned: bool = False
+    waiting: Adapter | None = None
+    slot: int = -1
+    start: int = -1
+    users: int = 0
+    current: bool = True
+    used: int = 0
+
+    @property
+    def on_device(self) -> bool:
+        return self.slot >= 0
+
+
+class NoRoom(RuntimeError):
+    """Too little room, with the numbers."""
+
+
+@dataclass
+class Shelf:
+    """The device's room for one kind.   what: its rows' name.   standing: prepared mappings, which run at
+    any time."""
+
+    what: str
+    pools: Pools
+    slots: int
+    rows: int
+    resident: list[Version] = field(default_factory=list)
+    standing: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
+
+    def __post_init__(self) -> None:
+        self.runs = Runs(self.rows)
+        self.free = deque(range(self.slots))  # the longest free first, so that a stale number meets nobody for long
+
+    def idle(self) -> bool:
+        """Whether nothing runs with these rows."""
+        return not self.standing and not any(version.users for version in self.resident)
+
+    def victims(self, rows: int, keep: Collection[Version], spare: Version | None = None) -> list[Version] | None:
+        """Who must leave for `rows` more, the least recently used first; None where even that is too little.
+
+        keep: who must stay.   spare: who may leave whatever is said of it.
+        """
+        runs, slots, gone = self.runs.copy(), len(self.free), []
+        leave = [v for v in self.resident if not v.users and not v.pinned and v not in keep and v is not spare]
+        leave.sort(key=lambda v: v.used, reverse=True)
+        if spare is not None and spare in self.resident:
+            leave.append(spare)
+        while not (slots and (runs.find(rows) is not None or (self.idle() and runs.free >= rows))):
+            if not leave:
+                return None
+            gone.append(leave.pop())
+            runs.give(gone[-1].start)
+            slots += 1
+        return gone
+
+    def no_room(self, version: Version, keep: Collection[Version]) -> NoRoom:
+        busy = sum(v.rows for v in self.resident if v.users or v.pinned or v in keep)
+        gap = max((length for _, length in self.runs.gaps()), default=0)
+        return NoRoom(
+            f"{version.name!r}: too little room on the device: it takes {version.rows} {self.what} and a slot; of "
+            f"{self.rows} {self.what}, {self.runs.free} are free, {gap} of them together, and {busy} are in use or "
+            f"pinned; of {self.slots} slots, {len(self.free)} are free"
+        )
+
+    def put(self, version: Version, adapter: Adapter) -> None:
+        """Store it; `victims` has said that there is room."""
+        start = self.runs.take(version.rows)
+        if start is None:
+            self.compact()
+            start = self.runs.take(version.rows)
+        assert start is not None
+        version.slot, version.start, version.waiting = self.free.popleft(), start, None
+        self.pools.store(version.slot, start, adapter)
+        self.resident.append(version)
+
+    def remove(self, version: Version) -> None:
+        self.pools.clear(version.slot)
+        self.runs.give(version.start)
+        self.free.append(version.slot)
+        self.resident.remove(version)
+        version.slot = version.start = -1
+
+    def compact(self) -> None:
+        """Close the gaps between runs; nothing may be running with them."""
+        at = {version.start: version for version in self.resident}
+        for start, to, rows in self.runs.compact():
+            version = at[start]
+            self.pools.move(version.slot, start, to, rows)
+            version.start = to
+
+
+class Storage:
+    """The shelves by kind, and a bounded host cache that takes what has to leave them.
+
+    dropped: told of each version that the host cache had no room for either; its name is then unknown.   moved: told
+    of each that left the device.
+    """
+
+    def __init__(self, shelves: dict[str, Shelf], host_bytes: int, dropped: Callable[[Version], None]) -> None:
+        self.shelves, self.host_bytes, self._dropped = shelves, host_bytes, dropped
+        self.host: dict[Version, None] = {}
+        self._clock = itertools.count(1)
+
+    def touch(self, version: Version) -> None:
+        version.used = next(self._clock)
+
+    def add(self, version: Version, adapter: Adapter, replaces: Version | None) -> None:
+        """A new version: onto the device, or where that is busy (and it need not be pinned) onto the host.
+
+        replaces: who leaves when all is well, as soon as no batch runs with it.   Raises NoRoom, and nothing changed.
+        """
+        shelf = self.shelves[version.kind]
+        if version.rows > shelf.rows:
+            raise shelf.no_room(version, ())
+        spare = replaces if replaces is not None and not replaces.users else None
+        victims = shelf.victims(version.rows, (), spare)
+        if victims is None and (version.pinned or version.bytes > self.host_bytes):
+            raise shelf.no_room(version, ())
+        if replaces is not None:
+            self.retire(replaces)
+        self.touch(version)
+        if victims is None:
+            self._shelve(version, adapter, ())
+            return
+        for victim in victims:
+            if victim is not replaces:
+                self.evict(victim, ())
+        shelf.put(version, adapter)
+
+    def bring(self, versions: Collection[Version]) -> None:
+        """All of them onto the device, at once.   Raises NoRoom."""
+        missing = sorted((v for v in versions if not v.on_device), key=lambda v: -v.rows)
+        for version in missing:
+            shelf, adapter = self.shelves[version.kind], version.waiting
+            assert adapter is not None
+            victims = shelf.victims(version.rows, versions)
+            if victims is None:
+                raise shelf.no_room(version, versions)
+            del self.host[version]
+            for victim in victims:
+                self.evict(victim, versions)
+            shelf.put(version, adapter)
+        for version in versions:
+            self.touch(version)
+
+    def evict(self, version: Version, keep: Collection[Version]) -> None:
+        """From the device to the host."""
+        shelf = self.shelves[version.kind]
+        adapter = shelf.pools.load(version.slot, version.start)
+        shelf.remove(version)
+        self._shelve(version, adapter, keep)
+
+    def _shelve(self, version: Version, adapter: Adapter, keep: Collection[Version]) -> None:
+        """Onto the host, and from there whoever was not used for longest, until the bound is met."""
+        version.waiting = adapter
+        self.host[version] = None
+        oldest = sorted((v for v in self.host if v not in keep), key=lambda v: v.used)
+        held = sum(v.bytes for v in self.host)
+        for gone in oldest:
+            if held <= self.host_bytes:
+                return
+            held -= gone.bytes
+            self.retire(gone)
+            self._dropped(gone)
+            log.warning(
+                "adapter %r is dropped: the host cache's %d bytes are full; load it again before use",
+                gone.name, self.host_bytes,
+            )  # fmt: skip
+
+    def retire(self, version: Version) -> None:
+        """Nobody asks for it any more: free it, now or after its last batch."""
+        version.current = False
+        if version in self.host:
+            del self.host[version]
+            version.waiting = None
+            return
+        if not version.users:
+            self.shelves[version.kind].remove(version)
+
+    def release(self, version: Version) -> None:
+        """One batch less runs with it."""
+        version.users -= 1
+        if not version.users and not version.current:
+            self.shelves[version.kind].remove(version)

@@ -1,0 +1,104 @@
+"""Virtual tokens in the tensors of a batch: a decoder's cache that begins with them, an encoder's rows, masks, labels.
+
+Every row has a number of its own, and is laid out by columns and masks: shapes depend on no value on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """A prompt that a decoder has read.   layers: keys and values, [H, P, D] each.   logits: [V], after its last token.
+
+    cache: the class of the model's cache.
+    """
+
+    cache: type
+    layers: list[tuple[Tensor, Tensor]]
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where an encoder's rows come from, when each is its virtual tokens and then its own from the first attended on.
+
+    virtual: [B, C] bool, a virtual token stands there.   source: [B, C], else this column of the input.
+    mask: [B, C], of what the row attends to.
+    """
+
+    virtual: Tensor
+    source: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, tokens: Tensor, columns: int) -> Packed:
+        """mask: [B, S].   tokens: [B].   columns: C."""
+        column = torch.arange(columns, device=mask.device)
+        source = column - tokens[:, None] + first_attended(mask)[:, None]
+        virtual, S = column < tokens[:, None], mask.shape[1]
+        clamped = source.clamp(0, S - 1)
+        own = torch.where(source < S, mask.take_along_dim(clamped, 1), 0)
+        return cls(virtual, clamped, torch.where(virtual, 1, own).to(mask.dtype))
+
+
+def mask_of(kwargs: dict[str, Any], shape: tuple[int, int], device: torch.device) -> Tensor:
+    """attention_mask: [B, S], ones where none is given."""
+    mask = kwargs.get("attention_mask")
+    if mask is None:
+        return torch.ones(shape, dtype=torch.long, device=device)
+    if not isinstance(mask, Tensor) or mask.shape != shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: got {got}, wanted shape {shape}, without the virtual tokens")
+    return mask
+
+
+def first_attended(mask: Tensor) -> Tensor:
+    """The first column of each row that is attended to: [B]."""
+    return (mask != 0).long().argmax(1)
+
+
+def check_plain(cache: Any) -> None:
+    """Raises ValueError unless all that a cache holds is every token's key and value."""
+    kinds = {type(part).__name__ for part in (cache, *getattr(cache, "layers", ()))}
+    if not kinds <= {"DynamicCache", "DynamicLayer"}:
+        raise ValueError(f"past_key_values: got {', '.join(sorted(kinds))}, wanted DynamicCache of plain DynamicLayer")
+
+
+def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, config: Any) -> Any:
+    """The empty cache, or a new one, filled with the rows' prefixes, each ending at the column `longest`."""
+    distinct = list({id(prefix): prefix for prefix in prefixes if prefix is not None}.values())
+    if cache is None:
+        cache = distinct[0].cache(config=config)
+    check_plain(cache)
+    if cache.get_seq_length():
+        raise ValueError("past_key_values: got a cache of tokens without the batch's prompts, wanted an empty one")
+    device = distinct[0].logits.device
+    which = torch.tensor([len(distinct) if prefix is None else distinct.index(prefix) for prefix in prefixes])
+    which = which.repeat_interleave(rows // len(prefixes)).to(device, non_blocking=True)
+    for index, layer in enumerate(zip(*(prefix.layers for prefix in distinct), strict=True)):
+        for_all = [[F.pad(t, (0, 0, longest - t.shape[-2], 0)) for t in part] for part in zip(*layer, strict=True)]
+        keys, values = (torch.stack([*part, torch.zeros_like(part[0])])[which] for part in for_all)
+        cache.update(keys, values, index)
+    return cache
+
+
+def shifted(
+    logits: Tensor, labels: Tensor, mask: Tensor, tokens: Tensor, prefixes: list[Prefix | None]
+) -> tuple[Tensor, Tensor]:
+    """(logits, labels) of one column more, in which each row's last virtual token predicts its first own token."""
+    first, prompted = first_attended(mask)[:, None], tokens[:, None] > 0
+    some = next(prefix.logits for prefix in prefixes if prefix is not None)
+    last = torch.stack([torch.zeros_like(some) if prefix is None else prefix.logits for prefix in prefixes])
+    last = last.repeat_interleave(len(logits) // len(prefixes), 0)[:, None]
+    column = torch.arange(logits.shape[1] + 1, device=logits.device)
+    here = ((column == first) & prompted)[..., None]
+    logits = torch.where(here, last, torch.cat([torch.zeros_like(logits[:, :1]), logits], 1))
+    lead = torch.where(prompted & (first == 0), labels[:, :1], -100)
+    return logits, torch.cat([torch.full_like(lead, -100), lead, labels[:, 1:]], 1)

@@ -1,0 +1,372 @@
+"""AdapterBank: every row is what plain PEFT computes for that request alone; base rows are the base's, to the bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import base_model, batch, peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from tenants import logits, prompter, rows, saved, state_of, take, tenant
+from tolerance import assert_all_close, assert_same, one_rounding, relative_error
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora import AdapterBank, MultiLoRALinear, dispatch, multi, ops
+
+RANKS = (1, 4, 7, 16, 64)
+MAPPINGS = {
+    "identical": [4, 4, 4, 4, 4, 4],
+    "uniform": [0, 1, None, 0, 1, 0],
+    "zipf": [2, 2, 2, None, 3, 0],
+    "distinct": [0, 1, 2, None, 3, 4],
+}
+
+
+def names(mapping: list[int | None]) -> list[str | None]:
+    return [None if r is None else f"r{RANKS[r]}" for r in mapping]
+
+
+def tenants_of(base: nn.Module, family: str) -> dict[str | None, nn.Module]:
+    """By name, r1 to r64 with their ranks and other scalings, and the base as None."""
+    made: dict[str | None, nn.Module] = {None: base}
+    for r in RANKS:
+        made[f"r{r}"] = tenant(base, family, r=r, lora_alpha=max(1, r // 2))
+    return made
+
+
+def bank_with(models: dict[str | None, nn.Module], **options: Any) -> AdapterBank:
+    bank = AdapterBank(copy.deepcopy(models[None]), **options)
+    for name, model in models.items():
+        if name is not None:
+            take(bank, name, model)
+    return bank
+
+
+def model_of(bank: AdapterBank) -> Any:
+    return bank._attached.model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "t5", "gpt2"])
+def test_each_row_is_that_request_alone_in_peft(family: str) -> None:
+    draws = []
+    for seed, (what, mapping) in enumerate(MAPPINGS.items()):
+        torch.manual_seed(seed)
+        models = tenants_of(base_model(family), family)
+        bank, inputs = bank_with(models), batch(family, rows=6)
+        base = logits(models[None], inputs)
+        with bank.use(adapter_names=names(mapping)):
+            mixed = logits(model_of(bank), inputs)
+        exact = {name: copy.deepcopy(model).double() for name, model in models.items()}
+        triple: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+        for row, name in enumerate(names(mapping)):
+            if name is None:
+                assert_same(mixed[row], base[row])
+            else:
+                assert relative_error(mixed[row], base[row].double()) > 1e-3, "the adapter must matter"
+                alone = (
+                    mixed[row : row + 1],
+                    logits(models[name], rows(inputs, row)),
+                    logits(exact[name], rows(inputs, row)),
+                )
+                for results, value in zip(triple, alone, strict=True):
+                    results[f"{what} {row}"] = value
+        draws.append(triple)
+    assert_all_close(draws)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "t5"])
+def test_greedy_tokens_are_those_alone(family: str) -> None:
+    models = tenants_of(base_model(family), family)
+    bank = bank_with(models)
+    inputs = {"input_ids": batch(family, rows=6)["input_ids"]}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=True)
+    base, changed = models[None].generate(**inputs, **options), 0
+    for mapping in MAPPINGS.values():
+        with bank.use(adapter_names=names(mapping)):
+            mixed = model_of(bank).generate(**inputs, **options)
+        for row, name in enumerate(names(mapping)):
+            assert_same(mixed[row : row + 1], models[name].generate(**rows(inputs, row), **options))
+        changed += int((mixed != base).any(1).sum())
+    assert changed >= 6, "the adapters must matter"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(r=4, use_rslora=True, lora_alpha=7),
+        dict(r=4, lora_bias=True),
+        dict(r=3, rank_pattern={"q_proj": 7, r"layers\.1\..*": 2}, alpha_pattern={r"layers.0.self_attn.v_proj": 5}),
+        dict(r=4, layers_to_transform=[1]),
+    ],
+    ids=["rslora", "lora_bias", "patterns", "one layer"],
+)
+def test_what_a_config_can_say(options: dict[str, Any], tmp_path: Path) -> None:
+    """From PEFT's own folder, and back through PEFT's own loading."""
+    base = base_model()
+    folder, inputs = saved(tenant(base, **options), tmp_path), batch()
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    bank = AdapterBank(copy.deepcopy(base))
+    bank.load_adapter(folder, "a")
+    with bank.use(["a", "a", "a"]):
+        ours = logits(model_of(bank), inputs)
+    exact = logits(copy.deepcopy(theirs).double(), inputs)
+    assert_all_close([({"y": ours}, {"y": logits(theirs, inputs)}, {"y": exact})])
+
+
+def test_outside_of_use_the_model_is_its_base() -> None:
+    models = tenants_of(base_model(), "llama")
+    bank, inputs = bank_with(models), batch()
+    base = logits(models[None], inputs)
+    assert_same(logits(model_of(bank), inputs), base)
+    with pytest.raises(ZeroDivisionError), bank.use(["r4"] * 3):
+        assert not torch.equal(logits(model_of(bank), inputs), base)
+        raise ZeroDivisionError
+    assert_same(logits(model_of(bank), inputs), base)
+    with bank.use([None, "__base__", None]):
+        assert_same(logits(model_of(bank), inputs), base)
+    with bank.use(["r4"] * 3), bank.use():
+        assert_same(logits(model_of(bank), inputs), base)
+
+
+def test_close_puts_everything_back() -> None:
+    model = base_model()
+    before = dict(model.named_modules())
+    bank = AdapterBank(model)
+    replaced = {name for name, module in model.named_modules() if isinstance(module, MultiLoRALinear)}
+    assert len(replaced) == 2 * 7 and not any("lm_head" in name for name in replaced)
+    assert len(bank._attached.groups) == 2 * 4, "q, k, v and gate, up share their launches"
+    bank.close()
+    assert dict(model.named_modules()) == before and "forward" not in vars(model)
+    with pytest.raises(RuntimeError, match="closed"), bank.use([None]):
+        pass
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["PEFT's", "fastlora.patch"])
+def test_a_peft_model(patched: bool) -> None:
+    """Its adapters come into the bank under their names, and are its own again afterwards."""
+    model = peft_model(r=4)
+    model.add_adapter("second", tenant(base_model(), r=7).peft_config["default"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    model.base_model.model.model.layers[0].self_attn.q_proj.set_scale("second", 3.0)
+    if patched:
+        fastlora.patch(model)
+    inputs, before = batch(rows=2), dict(model.named_modules())
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        exact = logits(copy.deepcopy(model).double(), inputs)
+        alone[name] = logits(model, inputs), exact
+    bank = AdapterBank(model)
+    assert [(entry.name, entry.rank) for entry in bank.list_adapters()] == [("default", 4), ("second", 7)]
+    with bank.use(["default", "second"]):
+        mixed = logits(model, inputs)
+    ours = {name: mixed[row] for row, name in enumerate(alone)}
+    plain = {name: alone[name][0][row] for row, name in enumerate(alone)}
+    assert_all_close([(ours, plain, {name: alone[name][1][row] for row, name in enumerate(alone)})])
+    bank.close()
+    assert dict(model.named_modules()) == before
+    assert_same(logits(model, inputs), alone["second"][0])
+
+
+def test_a_quantised_base() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    base = base_model().to(torch.bfloat16)
+    torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
+    theirs = get_peft_model(copy.deepcopy(base), tenant(base_model(), r=4).peft_config["default"]).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    bank, inputs = AdapterBank(copy.deepcopy(base), dtype=torch.float32), batch()
+    take(bank, "a", theirs)
+    with bank.use(["a", None, "a"]):
+        mixed = logits(model_of(bank), inputs)
+    plain, alone = logits(theirs, inputs), logits(base, inputs)
+    assert_same(mixed[1], alone[1])
+    assert relative_error(mixed[0], plain[0].double()) < 16 * one_rounding(torch.bfloat16)
+    assert relative_error(mixed[0], alone[0].double()) > 32 * one_rounding(torch.bfloat16)
+
+
+def test_the_kernels_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton kernels under a whole model, by use and by prepare: the same rows as on the torch path."""
+    models = tenants_of(base_model(layers=1), "llama")
+    bank, inputs = bank_with(models), batch(rows=3, length=2)
+    wanted = ["r7", None, "r64"]
+    with bank.use(wanted):
+        usual = logits(model_of(bank), inputs)
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    with bank.use(wanted):
+        ours = logits(model_of(bank), inputs)
+    bank.prepare(torch.tensor([bank.slot(name) for name in wanted]).repeat_interleave(2))
+    prepared = logits(model_of(bank), inputs)
+    bank.prepare(None)
+    assert_same(prepared, ours)
+    assert_same(ours[1], usual[1])
+    assert 0 < relative_error(ours, usual.double()) < 16 * one_rounding(torch.float32)
+
+
+class Recorded(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_prepare_reuses_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More, fewer and other adapters through the same buffers: a copy and two launches, no allocation, no sync."""
+    bank = bank_with(tenants_of(base_model(), "llama"))
+    routed = []
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    monkeypatch.setattr(ops.kernels, "route", lambda slots, routes: routed.append((slots, routes)))
+    bank.prepare(torch.full((6,), -1))
+    for mapping in ([0, 1, 2, 3, 4, -1], [2] * 6, [-1] * 6):
+        slots = torch.tensor(mapping)
+        with Recorded() as recorded:
+            bank.prepare(slots)
+        assert recorded.names == ["aten::copy_"]
+        assert routed[-1][0] is routed[0][0] and routed[-1][1] is routed[0][1]
+        assert routed[-1][0].tolist() == mapping
+    bank.prepare(None)
+    assert multi.current() is None
+
+
+def test_prepare_replays_as_a_graph_would() -> None:
+    models = tenants_of(base_model(), "llama")
+    bank, inputs = bank_with(models), batch(rows=4, length=3)
+    base = logits(models[None], inputs)
+    for mapping in ([0, 1, None, 2], [3, 3, 3, 3], [None, None, None, 4], [None] * 4, [1, 0, 4, 3]):
+        with bank.use(names(mapping)):
+            usual = logits(model_of(bank), inputs)
+        slots = torch.tensor([bank.slot(name) for name in names(mapping)], dtype=torch.int32)
+        bank.prepare(slots.repeat_interleave(3))
+        assert_same(
+            logits(model_of(bank), inputs)[[name is None for name in names(mapping)]],
+            base[[m is None for m in mapping]],
+        )
+        assert relative_error(logits(model_of(bank), inputs), usual.double()) < 16 * one_rounding(torch.float32)
+    with pytest.raises(ValueError, match="12 rows that were prepared"):
+        logits(model_of(bank), rows(inputs, 0))
+    bank.prepare(None)
+    assert_same(logits(model_of(bank), inputs), base)
+
+
+def test_a_mapping_that_names_a_deleted_slot_is_base_only() -> None:
+    models = tenants_of(base_model(), "llama")
+    bank, inputs = bank_with(models), batch(rows=2, length=3)
+    slots = [bank.slot("r4"), bank.slot("r16")]
+    bank.prepare(torch.tensor(slots).repeat_interleave(3))
+    before = logits(model_of(bank), inputs)
+    bank.delete_adapter("r4")
+    after = logits(model_of(bank), inputs)
+    bank.prepare(None)
+    base = logits(models[None], inputs)
+    assert_same(after[0], base[0])
+    assert not torch.equal(before[0], base[0]) and not torch.equal(after[1], base[1])
+
+
+def test_prompts_and_adapters_in_one_batch() -> None:
+    """With both, a row is PEFT's LoRA model fed the prompt's embeddings; with a prompt alone PEFT's prompt tuning."""
+    base = base_model()
+    lora, soft, inputs = tenant(base, r=4), prompter(base, 5), batch(rows=4)
+    inputs = {"input_ids": inputs["input_ids"], "attention_mask": torch.ones_like(inputs["input_ids"])}
+    bank = AdapterBank(copy.deepcopy(base))
+    take(bank, "a", lora)
+    take(bank, "p", soft)
+    assert [(e.name, e.kind, e.tokens) for e in bank.list_adapters()] == [("a", "lora", 0), ("p", "prompt", 5)]
+
+    def both(model: PeftModel, ids: Tensor) -> Tensor:
+        virtual = soft.prompt_encoder["default"].embedding.weight.to(model.dtype)[None]
+        embeds = torch.cat((virtual, model.get_input_embeddings()(ids)), 1)
+        return logits(model, {"inputs_embeds": embeds})[:, 5:]
+
+    with bank.use(adapter_names=["a", None, "a", None], prompt_names=[None, "p", "p", None]):
+        mixed = logits(model_of(bank), inputs)
+    one = [rows(inputs, row) for row in range(4)]
+    draws = [{f"row {row}": mixed[row : row + 1] for row in range(4)}]
+    for la, so, ba in ((lora, soft, base), tuple(copy.deepcopy(m).double() for m in (lora, soft, base))):
+        alone = logits(la, one[0]), logits(so, one[1])[:, 5:], both(la, one[2]["input_ids"]), logits(ba, one[3])
+        draws.append({f"row {row}": value for row, value in enumerate(alone)})
+    assert_all_close([(draws[0], draws[1], draws[2])])
+
+
+def test_gradients_reach_the_input() -> None:
+    """Frozen adapters still pass gradients on, as PEFT's do."""
+    base = base_model()
+    theirs = tenant(base, r=4)
+    bank, ids = AdapterBank(copy.deepcopy(base)), batch(rows=2)["input_ids"]
+    take(bank, "a", theirs)
+    grads = []
+    for model in (model_of(bank), theirs, copy.deepcopy(theirs).double()):
+        embeds = base.get_input_embeddings()(ids).detach().to(model.dtype).requires_grad_()
+        with bank.use(["a", "a"]):
+            model(inputs_embeds=embeds).logits.square().sum().backward()
+        grads.append({"dx": embeds.grad})
+    assert_all_close([tuple(grads)])
+
+
+def test_names_are_never_taken_for_the_base() -> None:
+    bank = bank_with(tenants_of(base_model(), "llama"))
+    take(bank, "prompt", prompter(base_model(), 2))
+    with pytest.raises(ValueError, match=r"'r44'.*wanted one of: 'r4'"), bank.use(["r44"]):
+        pass
+    with pytest.raises(KeyError), bank.use([""]):
+        pass
+    with pytest.raises(ValueError, match="belongs in prompt_names"), bank.use(["prompt"]):
+        pass
+    with pytest.raises(ValueError, match="belongs in adapter_names"), bank.use(prompt_names=["r4"]):
+        pass
+    with pytest.raises(TypeError, match="adapter_names"), bank.use("r4"):
+        pass
+    with pytest.raises(ValueError, match="got 1 names, wanted 2"), bank.use(["r4", "r4"], ["prompt"]):
+        pass
+    with pytest.raises(ValueError, match="wanted a multiple of the batch's 2 requests"), bank.use(["r4", None]):
+        logits(model_of(bank), batch(rows=3))
+    assert not any(version.users for version in bank._versions.values())
+
+
+def test_modules_that_one_of_the_two_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    """As PEFT: factors for a module that the model lacks are ignored, and where they are missing the base serves."""
+    base = base_model(layers=2)
+    bigger = tenant(base_model(layers=3), r=4)
+    state, config = state_of(bigger)
+    state = {key: t for key, t in state.items() if "layers.0.mlp.down_proj" not in key}
+    bank, inputs = AdapterBank(copy.deepcopy(base)), batch()
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        bank.load_adapter(state, "a", config=config)
+    lacking, missing = sorted(caplog.messages, key=lambda m: "no factors" in m)
+    assert "model.layers.2.self_attn.q_proj" in lacking and "layers.1" not in lacking
+    assert "model.layers.0.mlp.down_proj" in missing and "layers.1" not in missing
+    theirs = get_peft_model(copy.deepcopy(base), bigger.peft_config["default"]).eval()
+    set_peft_model_state_dict(theirs, state)
+    with bank.use(["a"] * 3):
+        ours = logits(model_of(bank), inputs)
+    assert_all_close([({"y": ours}, {"y": logits(theirs, inputs)}, {"y": logits(theirs.double(), inputs)})])
+
+
+def test_target_modules() -> None:
+    state, config = state_of(tenant(base_model(), r=4))
+    model = base_model()
+    bank = AdapterBank(model, target_modules=["q_proj", "v_proj"])
+    assert set(bank._attached.layers) == {f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1) for m in "qv"}
+    with pytest.raises(ValueError, match=r"k_proj.*the bank does not serve"):
+        bank.load_adapter(state, "a", config=config)
+    bank.close()
+    assert len(AdapterBank(model, target_modules=r".*\.1\.mlp\..*")._attached.layers) == 3
+    with pytest.raises(ValueError, match=r"target_modules: got \['nobody'\]"):
+        AdapterBank(base_model(), target_modules=["nobody"])
+    with pytest.raises(TypeError, match="PROMPT_TUNING"):
+        AdapterBank(prompter(base_model(), 3))
