@@ -94,6 +94,10 @@ def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
     return model
 
 
+def only_in_batches(w: Tensor, *_: object) -> None:
+    """What one layer with one adapter has nothing of."""
+
+
 _HAS_PEFT = importlib.util.find_spec("peft") is not None
 _PEFT: dict[str, Build] = {"peft": peft, "peft-compiled": peft_compiled}
 _FOR_PEFT: dict[str, Build] = {"peft-style": peft_style, "peft-style-compiled": peft_style_compiled}
@@ -104,6 +108,7 @@ IMPLS: dict[str, Build] = {
     "reference": reference,
     "unsloth-style": unsloth_style,
     "lorafusion-style": lorafusion_style,
+    "vllm-style": only_in_batches,
     "fastlora": ours,
     **({"fastlora-patched": ours_patched} if _HAS_PEFT else {}),
 }
