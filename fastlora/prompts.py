@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlora import multi
-from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, shifted
+from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, positions_of, shifted
 
 BEGUN = "_fastlora_prompts"
 """The attribute of a cache that names the requests whose virtual tokens it begins with."""
@@ -47,8 +47,9 @@ class Prompts:
 
     model: a Hugging Face causal or seq2seq language model, plain or PEFT; a causal one's cache holds plain keys and
     values.   pool: [max_tokens, d], in the dtype of the input embeddings.   kept_tokens: virtual tokens of all prefixes
-    that are kept, 4·max_tokens if not given; the least recently used goes first.   Prompts are constants: no gradient.
-    Raises ValueError for a model that generates no text.
+    that are kept, 4·max_tokens if not given; the least recently used goes first. A prefix is good as long as the
+    version: whatever else changes the model must change that.   No gradient reaches a prompt.   Raises ValueError for a
+    model that generates no text.
     """
 
     def __init__(self, model: Any, max_prompts: int, max_tokens: int, kept_tokens: int | None = None) -> None:
@@ -87,7 +88,8 @@ class Prompts:
                 delattr(owner, name)
                 if before is not None:
                     setattr(owner, name, before)
-        self._prefixes.clear()
+        with self._lock:
+            self._prefixes.clear()
 
     def store(self, slot: int, start: int, rows: Tensor, decoder_rows: Tensor | None = None) -> None:
         """Copy a prompt's virtual tokens into the pool.
@@ -122,11 +124,13 @@ class Prompts:
 
         A batch has the same number of rows for each request, side by side (its beams).
         """
-        for request in requests or ():
-            if request is not None:
-                self._check(request.slot, request.start, request.tokens)
+        prompted = [request for request in requests or () if request is not None]
+        for request in prompted:
+            self._check(request.slot, request.start, request.tokens)
+        if prompted and self.model.training:
+            raise ValueError("model: got one in training mode, wanted it after eval(): prefixes would keep its dropout")
         before = self._requests()
-        self._current.requests = tuple(requests) if requests and any(requests) else None
+        self._current.requests = tuple(requests) if requests and prompted else None
         try:
             yield
         finally:
@@ -168,12 +172,7 @@ class Prompts:
         virtual = torch.arange(longest, device=inputs.device) >= longest - tokens[:, None]
         kwargs["attention_mask"] = torch.cat([virtual.to(mask.dtype), mask], 1)
         if self._positioned:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            elif positions.dim() != 2:
-                raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, tokens]")
-            kwargs["position_ids"] = positions + tokens[:, None]
+            kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1]) + tokens[:, None]
         labels = kwargs.pop("labels", None)
         as_dict, use_cache = (kwargs.pop(name, None) for name in ("return_dict", "use_cache"))
         use_cache = self.model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache

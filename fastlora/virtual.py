@@ -59,6 +59,16 @@ def mask_of(kwargs: dict[str, Any], shape: tuple[int, int], device: torch.device
     return mask
 
 
+def positions_of(kwargs: dict[str, Any], mask: Tensor, S: int) -> Tensor:
+    """position_ids: [B, S] or [1, S]; each row's count of what it attends to before, where none are given."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -S:]
+    if positions.dim() != 2 or positions.shape[1] != S:
+        raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, {S}]")
+    return positions
+
+
 def first_attended(mask: Tensor) -> Tensor:
     """The first column of each row that is attended to: [B]."""
     return (mask != 0).long().argmax(1)
