@@ -139,16 +139,17 @@ class Prompts:
     def _requests(self) -> Requests | None:
         return getattr(self._current, "requests", None)
 
-    def _tokens(self, requests: Requests, rows: int, device: torch.device) -> Tensor:
-        """Virtual tokens of each row: [rows]."""
+    def _tokens(self, requests: Requests, rows: int, device: torch.device) -> tuple[Tensor, int]:
+        """Virtual tokens of each row: [rows], and the most of them."""
         if rows % len(requests):
             raise ValueError(f"input_ids: got {rows} rows, wanted a multiple of the batch's {len(requests)} requests")
-        tokens = torch.tensor([request.tokens if request else 0 for request in requests])
-        return tokens.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
+        tokens = [request.tokens if request else 0 for request in requests]
+        spread = torch.tensor(tokens).repeat_interleave(rows // len(requests))
+        return spread.to(device, non_blocking=True), max(tokens)
 
     def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate would count a cache's virtual tokens among input_ids: it must begin with none."""
-        if getattr(kwargs.get("past_key_values"), BEGUN, None) is not None:
+        if begun_for(kwargs.get("past_key_values")) is not None:
             raise ValueError("past_key_values: got a cache that holds virtual tokens, wanted none or an empty one")
         return inner(*args, **kwargs)
 
@@ -156,13 +157,13 @@ class Prompts:
         """A causal model's forward, on a cache that begins with the requests' prefixes."""
         kwargs = named(inner, args, kwargs)
         requests, cache = self._requests(), kwargs.get("past_key_values")
-        begun = getattr(cache, BEGUN, None)
+        begun = begun_for(cache)
         if begun is not None and begun != requests:
             raise ValueError("past_key_values: got a cache begun for other prompts, wanted those of this batch")
         if requests is None:
             return inner(**kwargs)
         inputs = given(kwargs)
-        tokens, longest = self._tokens(requests, len(inputs), inputs.device), max(r.tokens for r in requests if r)
+        tokens, longest = self._tokens(requests, len(inputs), inputs.device)
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
             kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
@@ -237,8 +238,8 @@ class Prompts:
             kwargs = self._embedded(requests, kwargs)
         else:
             rows, columns = encoded[0].shape[:2]
-            tokens = self._tokens(requests, rows, encoded[0].device)
-            mask = mask_of(kwargs, (rows, columns - max(r.tokens for r in requests if r)), encoded[0].device)
+            tokens, longest = self._tokens(requests, rows, encoded[0].device)
+            mask = mask_of(kwargs, (rows, columns - longest), encoded[0].device)
             kwargs["attention_mask"] = Packed.of(mask, tokens, columns).mask
         with self.serving(None):
             return inner(**kwargs)
@@ -248,15 +249,20 @@ class Prompts:
         inputs = given(kwargs)
         embeds = inputs if inputs.is_floating_point() else self.model.get_input_embeddings()(inputs)
         (rows, S), device = inputs.shape[:2], embeds.device
-        tokens = self._tokens(requests, rows, device)
-        mask = mask_of(kwargs, (rows, S), device)
-        packed = Packed.of(mask, tokens, S + max(r.tokens for r in requests if r))
+        tokens, longest = self._tokens(requests, rows, device)
+        packed = Packed.of(mask_of(kwargs, (rows, S), device), tokens, S + longest)
         starts = torch.tensor([request.start if request else 0 for request in requests])
         first = starts.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
         at = torch.where(packed.virtual, first[:, None] + torch.arange(packed.mask.shape[1], device=device), 0)
         embeds = embeds.take_along_dim(packed.source[..., None], 1)
         embeds = torch.where(packed.virtual[..., None], self.pool[at].to(embeds.dtype), embeds)
         return kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask}
+
+
+def begun_for(cache: Any) -> Requests | None:
+    """The requests whose virtual tokens a cache begins with."""
+    requests: Requests | None = getattr(cache, BEGUN, None)
+    return requests if requests is not None and cache.get_seq_length() else None
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,15 @@ def test_logits_and_loss_are_each_rows_own(family: str, side: str) -> None:
     assert_all_close(draws)
 
 
+def test_a_request_may_have_several_rows(tenants: Tenants) -> None:
+    rows = [row for row in rows_of() for _ in range(2)]
+    batch = padded(rows, "right")
+    batch["labels"] = torch.randint(3, VOCABULARY, batch["input_ids"].shape)
+    together, single = (tenants.forward(who, **batch) for who in (WHO, [P for P in WHO for _ in range(2)]))
+    assert_same(together.logits, single.logits)
+    assert_same(together.loss, single.loss)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generated_tokens_are_each_rows_own(tenants: Tenants, options: dict[str, int], use_cache: bool) -> None:

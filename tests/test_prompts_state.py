@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Sequence
 
@@ -139,6 +140,9 @@ def test_bad_input_is_refused(llama: Tenants) -> None:
         llama.forward(WHO, **batch)
     llama.model.eval()
     begun = llama.forward(WHO, **batch, use_cache=True).past_key_values
+    reset = copy.deepcopy(begun)
+    reset.reset()
+    assert_same(llama.forward(WHO, **batch, past_key_values=reset).logits, llama.forward(WHO, **batch).logits)
     foreign = llama.forward((0,) * 5, **batch, use_cache=True).past_key_values
     longer = torch.ones(5, 8, dtype=torch.long)
     step = {"input_ids": batch["input_ids"][:, :1], "attention_mask": longer}
