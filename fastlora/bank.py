@@ -213,8 +213,8 @@ class AdapterBank:
         requests = len(loras or prompts or ())
         with self._lock:
             self._check_open()
-            mine = [self._find(name, "lora") if name else None for name in loras or [None] * requests]
-            ahead = [self._find(name, "prompt") if name else None for name in prompts or [None] * requests]
+            mine = [None if name is None else self._find(name, "lora") for name in loras or [None] * requests]
+            ahead = [None if name is None else self._find(name, "prompt") for name in prompts or [None] * requests]
             held = list(dict.fromkeys(v for v in (*mine, *ahead) if v is not None))
             self._bring(held)
             batch = self._batch(mine) if requests else None
