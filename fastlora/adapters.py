@@ -240,7 +240,7 @@ def _factors(layer: str, found: dict[str, Tensor], options: dict[str, Any], targ
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"adapter {name!r}: got rank {rank} for {layer}, wanted 1 to {MAX_RANK}")
     K, N = target.layers[layer]
-    shapes = {"lora_A.weight": (rank, K), "lora_B.weight": (N, rank)}
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, K), "lora_B.weight": (N, rank)}
     if options.get("lora_bias"):
         shapes["lora_B.bias"] = (N,)
     for part in [*shapes, *(part for part in found if part not in shapes)]:

@@ -18,8 +18,7 @@ from tolerance import relative_error
 from torch import Tensor
 
 from fastlora import AdapterBank
-from fastlora.bank import UnknownAdapter
-from fastlora.storage import NoRoom, Version
+from fastlora.storage import NoRoom, UnknownAdapter, Version
 
 NAMES = "abcdef"
 IDS = torch.arange(3, 8)[None]
