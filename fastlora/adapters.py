@@ -190,79 +190,68 @@ def _targeted(options: dict[str, Any], layer: str) -> bool:
 
 def _lora(state: dict[str, Tensor], options: dict[str, Any], target: Target, name: str) -> Adapter:
     _refuse_variants(options, name)
-    parts, unknown = _parts(state, name)
+    parts = _parts(state, name)
     lacking = sorted(module for module in parts if module not in target.modules)
     unserved = sorted(module for module in parts if module in target.modules and module not in target.layers)
     if unserved:
         raise ValueError(
-            f"adapter {name!r}: got factors for {', '.join(unserved)}, which the model has and the bank does not "
-            "serve; wanted its target_modules to take them in"
+            f"adapter {name!r}: got factors for {_some(unserved)}, which the model has and the bank does not serve; "
+            "wanted its target_modules to take them in"
         )
     factors = {
         layer: _factors(layer, found, options, target, name) for layer, found in parts.items() if layer in target.layers
     }
-    whole = {layer: f for layer, f in factors.items() if f is not None}
-    if not whole:
-        raise ValueError(f"adapter {name!r}: got factors for none of the model's layers ({_some(lacking or unknown)})")
+    if not factors:
+        raise ValueError(f"adapter {name!r}: got factors for none of the model's layers ({_some(lacking)})")
     try:
-        missing = [layer for layer in target.layers if layer not in whole and _targeted(options, layer)]
+        missing = [layer for layer in target.layers if layer not in factors and _targeted(options, layer)]
     except (re.error, TypeError) as error:
         raise ValueError(f"adapter {name!r}: got target_modules {options.get('target_modules')!r}: {error}") from error
-    missing += [layer for layer, f in factors.items() if f is None and layer not in missing]
     if missing:
         log.warning("adapter %r has no factors for %s: the base serves there", name, _some(missing))
-    if lacking or unknown:
-        log.warning("adapter %r: the model lacks %s: ignored, as PEFT does", name, _some(lacking + unknown))
-    return Adapter.lora(whole)
+    if lacking:
+        log.warning("adapter %r: the model lacks %s: ignored, as PEFT does", name, _some(lacking))
+    return Adapter.lora(factors)
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
-def _parts(state: dict[str, Tensor], name: str) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """{layer: {"lora_A.weight": …}} and the keys that are none.   Raises ValueError for several adapters in one."""
+def _parts(state: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
+    """{layer: {"lora_A.weight": …}}.   Raises ValueError for other tensors, and for several adapters in one."""
     parts: dict[str, dict[str, Tensor]] = {}
-    unknown, adapters = [], set()
+    adapters = set()
     for key, t in state.items():
-        if "lora_magnitude_vector" in key or "lora_embedding_" in key:
-            raise ValueError(f"adapter {name!r}: got {key}, a variant of LoRA that fastlora does not serve")
         found = _KEY.fullmatch(key)
         if found is None:
-            unknown.append(key)
-            continue
+            raise ValueError(f"adapter {name!r}: got {key}, a variant of LoRA that fastlora does not serve, or damaged")
         adapters.add(found["adapter"])
         parts.setdefault(found["module"].removeprefix("base_model.model."), {})[f"{found['part']}.{found['what']}"] = t
     if len(adapters) > 1:
         raise ValueError(f"adapter {name!r}: got factors of {sorted(map(str, adapters))} in one, wanted one adapter's")
-    return parts, unknown
+    return parts
 
 
-def _factors(
-    layer: str, found: dict[str, Tensor], options: dict[str, Any], target: Target, name: str
-) -> Factors | None:
-    """One layer's factors; None where one of the two is missing, so that PEFT's would add nothing."""
+def _factors(layer: str, found: dict[str, Tensor], options: dict[str, Any], target: Target, name: str) -> Factors:
+    """One layer's factors.   Raises ValueError unless they are whole, fit the layer and are finite."""
     rank = _patterned(options, "r", "rank_pattern", layer, name)
     alpha = _patterned(options, "lora_alpha", "alpha_pattern", layer, name)
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"adapter {name!r}: got rank {rank} for {layer}, wanted 1 to {MAX_RANK}")
     K, N = target.layers[layer]
-    shapes = {"lora_A.weight": (rank, K), "lora_B.weight": (N, rank), "lora_B.bias": (N,)}
-    for part, t in found.items():
+    shapes: dict[str, tuple[int, ...]] = {"lora_A.weight": (rank, K), "lora_B.weight": (N, rank)}
+    if options.get("lora_bias"):
+        shapes["lora_B.bias"] = (N,)
+    for part in [*shapes, *(part for part in found if part not in shapes)]:
+        if part not in found:
+            raise ValueError(f"adapter {name!r}: {layer}.{part} is missing")
         if part not in shapes:
-            raise ValueError(f"adapter {name!r}: got {layer}.{part}, a variant of LoRA that fastlora does not serve")
-        _fits(f"adapter {name!r}: {layer}.{part}", t, shapes[part])
-    if "lora_A.weight" not in found or "lora_B.weight" not in found:
-        return None
-    if "lora_B.bias" in found and not options.get("lora_bias"):
-        raise ValueError(f"adapter {name!r}: got {layer}.lora_B.bias, and its config says lora_bias=False")
+            raise ValueError(f"adapter {name!r}: got {layer}.{part}, which its config does not mention")
+        _fits(f"adapter {name!r}: {layer}.{part}", found[part], shapes[part])
+    mine = {part: _cast(f"adapter {name!r}: {layer}.{part}", found[part], target.dtype) for part in shapes}
     scaling = alpha / (math.sqrt(rank) if options.get("use_rslora") else rank)
-    a, b, bias = (
-        None if part not in found else _cast(f"adapter {name!r}: {layer}.{part}", found[part], target.dtype)
-        for part in shapes
-    )
-    assert a is not None and b is not None
-    return Factors(a, b, bias, scaling)
+    return Factors(mine["lora_A.weight"], mine["lora_B.weight"], mine.get("lora_B.bias"), scaling)
 
 
 def _fits(what: str, t: Tensor, shape: tuple[int, ...]) -> None:

@@ -17,7 +17,6 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,40 +24,17 @@ from torch import Tensor, nn
 
 from fastlora import adapters, multi
 from fastlora.attach import Attached
-from fastlora.multi import Batch, Standing
+from fastlora.multi import Batch
 from fastlora.pools import LayerPools, PromptPools
 from fastlora.prompts import PromptOf, Prompts
-from fastlora.storage import Shelf, Storage, Version
+from fastlora.standing import Standing
+from fastlora.storage import Listing, Shelf, Storage, UnknownAdapter, Version
 
 BASE = "__base__"
 """The name of no adapter at all, as None is."""
 
 CACHED_BATCHES = 4
 """Mixes of adapters whose gathered factors are kept for the next `use`."""
-
-
-class UnknownAdapter(KeyError, ValueError):
-    """A name that the bank does not know."""
-
-    __str__ = ValueError.__str__
-
-
-@dataclass(frozen=True)
-class Listing:
-    """One adapter of a bank.
-
-    kind: "lora" or "prompt".   rank: the largest over all layers, 0 for a prompt.   tokens: virtual tokens, 0 for LoRA.
-    bytes: in the bank's dtype.   where: "device" or "host".   generation: of this load, unique in the bank.
-    """
-
-    name: str
-    kind: str
-    rank: int
-    tokens: int
-    bytes: int
-    where: str
-    generation: int
-    pinned: bool
 
 
 class AdapterBank:
@@ -175,13 +151,7 @@ class AdapterBank:
         """All adapters, in the order of their loads."""
         with self._lock:
             versions = sorted(self._versions.values(), key=lambda v: v.generation)
-            return [
-                Listing(
-                    v.name, v.kind, v.rank, v.rows if v.kind == "prompt" else 0, v.bytes,
-                    "device" if v.on_device else "host", v.generation, v.pinned,
-                )
-                for v in versions
-            ]  # fmt: skip
+            return [version.listing() for version in versions]
 
     def slot(self, name: str | None) -> int:
         """The number to put into a mapping for `prepare`; −1 for None or "__base__".
@@ -213,8 +183,8 @@ class AdapterBank:
         requests = len(loras or prompts or ())
         with self._lock:
             self._check_open()
-            mine = [self._find(name, "lora") if name else None for name in loras or [None] * requests]
-            ahead = [self._find(name, "prompt") if name else None for name in prompts or [None] * requests]
+            mine = [None if name is None else self._find(name, "lora") for name in loras or [None] * requests]
+            ahead = [None if name is None else self._find(name, "prompt") for name in prompts or [None] * requests]
             held = list(dict.fromkeys(v for v in (*mine, *ahead) if v is not None))
             self._bring(held)
             batch = self._batch(mine) if requests else None
@@ -247,6 +217,8 @@ class AdapterBank:
         device = self._attached.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         slots = tuple(v.slot if v else -1 for v in versions)
+        if not any(versions):
+            return Batch(self._attached.tables, slots, {})
         key = stream, slots, tuple(v.generation if v else 0 for v in versions)
         if key not in self._batches:
             ranks = {v.slot: v.rank for v in versions if v}

@@ -16,6 +16,24 @@ from fastlora.runs import Runs
 log = logging.getLogger("fastlora")
 
 
+@dataclass(frozen=True)
+class Listing:
+    """One adapter of a bank.
+
+    kind: "lora" or "prompt".   rank: the largest over all layers, 0 for a prompt.   tokens: virtual tokens, 0 for LoRA.
+    bytes: in the bank's dtype.   where: "device" or "host".   generation: of this load, unique in the bank.
+    """
+
+    name: str
+    kind: str
+    rank: int
+    tokens: int
+    bytes: int
+    where: str
+    generation: int
+    pinned: bool
+
+
 @dataclass(eq=False)
 class Version:
     """One load of an adapter.   What it computes never changes; where it lives does.
@@ -41,6 +59,16 @@ class Version:
     @property
     def on_device(self) -> bool:
         return self.slot >= 0
+
+    def listing(self) -> Listing:
+        tokens, where = self.rows if self.kind == "prompt" else 0, "device" if self.on_device else "host"
+        return Listing(self.name, self.kind, self.rank, tokens, self.bytes, where, self.generation, self.pinned)
+
+
+class UnknownAdapter(KeyError, ValueError):
+    """A name that the bank does not know."""
+
+    __str__ = ValueError.__str__
 
 
 class NoRoom(RuntimeError):

@@ -20,6 +20,15 @@ hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True
 hypothesis.settings.load_profile("fastlora")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked slow runs when the marker is asked for by name, or the test itself."""
+    if "slow" in config.getoption("-m") or any("::" in argument for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

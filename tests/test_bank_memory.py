@@ -265,7 +265,6 @@ def test_prompts_share_the_same_rules(base: nn.Module, tenants: dict[str, PeftMo
         (dict(r="4"), "r='4'"),
         (dict(lora_alpha=float("nan")), "lora_alpha=nan"),
         (dict(rank_pattern={"(": 4}), "rank_pattern"),
-        (dict(target_modules="("), "target_modules"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -293,12 +292,16 @@ def test_tensors_that_are_refused(base: nn.Module, tenants: dict[str, PeftModel]
     ):
         with pytest.raises(ValueError, match=f"{key.removeprefix('base_model.model.')}.*{said}"):
             bank.load_adapter({**state, key: value}, "b", config=config)
-    with pytest.raises(ValueError, match="NaN or infinite values .in torch.float16"):
+    with pytest.raises(ValueError, match=r"NaN or infinite values \(in torch\.float16"):
         bank_of(base, dtype=torch.float16).load_adapter({**state, key: state[key] + 1e6}, "b", config=config)
     with pytest.raises(ValueError, match="lora_magnitude_vector"):
         bank.load_adapter(
             {**state, key.replace("lora_A.weight", "lora_magnitude_vector"): state[key]}, "b", config=config
         )
+    with pytest.raises(ValueError, match="embed_tokens"):
+        bank.load_adapter({**state, "base_model.model.model.embed_tokens.weight": state[key]}, "b", config=config)
+    with pytest.raises(ValueError, match=r"lora_B\.weight is missing"):
+        bank.load_adapter({k: t for k, t in state.items() if k != key.replace("_A", "_B")}, "b", config=config)
     with pytest.raises(ValueError, match="none of the model's layers"):
         bank.load_adapter({f"x.{key}": t for key, t in state.items()}, "b", config=config)
     with pytest.raises(ValueError, match="config: got None"):
@@ -331,24 +334,25 @@ def test_keys_in_every_spelling(base: nn.Module, tenants: dict[str, PeftModel]) 
 
 
 @pytest.fixture(scope="module")
-def victim(base: nn.Module, tenants: dict[str, PeftModel]) -> tuple[AdapterBank, tuple[Any, ...], bytes]:
-    """A bank that somebody attacks, what it holds, and a good file."""
+def victim(base: nn.Module, tenants: dict[str, PeftModel]) -> tuple[AdapterBank, bytes]:
+    """A bank that somebody attacks, and a good file."""
     bank = bank_of(base)
     take(bank, "a", tenants["a"])
-    return bank, snapshot(bank), save({key: t.contiguous() for key, t in state_of(tenants["b"])[0].items()})
+    return bank, save({key: t.contiguous() for key, t in state_of(tenants["b"])[0].items()})
 
 
 @settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_files_never_change_the_bank(
     data: st.DataObject,
-    victim: tuple[AdapterBank, tuple[Any, ...], bytes],
+    victim: tuple[AdapterBank, bytes],
     tenants: dict[str, PeftModel],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     """Cut short, overwritten, or filled with NaN: refused with a ValueError. A change of one finite number into
     another is beyond detection, so there the header alone is damaged."""
-    bank, before, good = victim
+    bank, good = victim
+    before = snapshot(bank)
     header = int.from_bytes(good[:8], "little") + 8
     how = data.draw(st.sampled_from(("cut", "header", "payload")))
     if how == "cut":
