@@ -56,7 +56,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Case:
-    """spread: "identical", "uniform", "zipf" or "distinct".   base: each so-many-th request is the base's; 0 for none."""
+    """spread: "identical", "uniform", "zipf" or "distinct".   base: each so-many-th request has none; 0 for no such."""
 
     size: Size
     dtype: str
