@@ -17,7 +17,7 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 AXES = {
     "shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR",
-    "multi_shrink": "KR", "multi_expand": "NR", "reduce": "", "count": "", "route": "",
+    "multi_shrink": "KR", "multi_expand": "NR", "multi_linear": "MNKR", "reduce": "", "count": "", "route": "",
 }  # fmt: skip
 """The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
 
@@ -30,6 +30,7 @@ FLAGS = {
     "dx": ("", "dropout"),
     "multi_shrink": ("3 layers",),
     "multi_expand": ("1 layer", "3 layers"),
+    "multi_linear": ("bias",),
 }
 """The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -102,7 +103,7 @@ class Case:
 
     def _launch_multi(self, x: Tensor, dy: Tensor, h: Tensor, of: Callable[..., Tensor]) -> None:
         """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""
-        members, adapter, number = int(self.flags[:1] or 1), DTYPES[self.adapter], torch.int32
+        members, adapter, number = int(self.flags[0]) if "layer" in self.flags else 1, DTYPES[self.adapter], torch.int32
         start, rank = of(SLOTS, dtype=number), of(members, SLOTS, dtype=number)
         routes = Routes.empty(self.rows, SLOTS, "meta")
         if self.kernel == "multi_shrink":
@@ -115,6 +116,12 @@ class Case:
             kernels.multi_expand(
                 [dy] * members, parts, [b_pool] * members, start, rank, scaling, rank, routes, config=self.tile
             )
+        elif self.kernel == "multi_linear":
+            N, scaling = self.features, of(SLOTS, dtype=torch.float32)
+            kernels.multi_linear(
+                x, of(N, N), of(N), h.expand(4, -1, -1), of(POOL, N, dtype=adapter), start, start, scaling, start,
+                of(self.rows, dtype=number), config=self.tile,
+            )  # fmt: skip
         else:
             kernels.route(of(self.rows, dtype=number), routes)
 

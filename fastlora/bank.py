@@ -45,6 +45,8 @@ class AdapterBank:
     there, shared by all adapters: one takes its largest rank, and one row more with a lora_bias.   max_prompt_tokens:
     the same for virtual tokens.   target_modules: name endings or a regex, as PEFT's; None for every linear layer but
     the output head.   dtype: the adapters', the model's if None.   host_bytes: for adapters that wait on the host.
+    fused_rows: up to so many rows (16 is a sensible number) a plain linear layer's matmul runs in our launch on a GPU;
+    base rows then equal the base's to the tolerance, no longer to the bit.
 
     The layers are replaced by MultiLoRALinear; outside of `use` and `prepare` the model is its base to the bit, and
     `close` puts everything back.   Raises TypeError, ValueError.
@@ -61,9 +63,12 @@ class AdapterBank:
         *,
         dtype: torch.dtype | None = None,
         host_bytes: int = 4 << 30,
+        fused_rows: int = 0,
     ) -> None:
         sizes = {"max_loras": max_loras, "max_total_rank": max_total_rank, "max_prompts": max_prompts}
-        for what, size in (sizes | {"max_prompt_tokens": max_prompt_tokens, "host_bytes": host_bytes + 1}).items():
+        for what, size in (
+            sizes | {"max_prompt_tokens": max_prompt_tokens, "host_bytes": host_bytes + 1, "fused_rows": fused_rows + 1}
+        ).items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{what}: got {size!r}, wanted a whole number ≥ 1")
         if dtype is not None and not dtype.is_floating_point:
@@ -75,6 +80,7 @@ class AdapterBank:
         self._versions: dict[str, Version] = {}
         self._batches: OrderedDict[Any, Batch] = OrderedDict()
         self._attached = Attached(model, target_modules, max_loras, max_total_rank, dtype)
+        self._attached.tables.fused_rows = fused_rows
         try:
             self._prompts = Prompts(self._attached.base, max_prompts, max_prompt_tokens)
             layers = LayerPools(self._attached.tables, self._attached.groups, self._attached.names)

@@ -39,12 +39,14 @@ class Tables:
     """What all layers of a bank share.   rows: T, rank rows.   start: [G] int32, each slot's first rank row.
 
     widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   edition: counts changes.
+    fused_rows: up to so many rows a plain linear layer's own matmul runs in our launch too.
     """
 
     rows: int
     start: Tensor
     widest: list[int] = field(default_factory=list)
     edition: int = 0
+    fused_rows: int = 0
 
     @classmethod
     def empty(cls, slots: int, rows: int, device: torch.device) -> Tables:
@@ -73,6 +75,7 @@ class Batch:
         self.width = max((ranks[slot] for slot in self.slots if slot >= 0), default=0)
         self.adapted = [row for row, slot in enumerate(self.slots) if slot >= 0]
         self._routes: dict[int, Any] = {}
+        self._rows: dict[int, Tensor] = {}
         self._stacks: dict[int, Stacks] = {}
 
     def share(self, x: Tensor) -> int:
@@ -87,10 +90,17 @@ class Batch:
         """The device's routing of x's rows, made once for all layers."""
         share = self.share(x)
         if share not in self._routes:
-            slots = torch.tensor(self.slots, dtype=torch.int32).repeat_interleave(share).to(x.device, non_blocking=True)
-            empty = ops.kernels.Routes.empty(len(slots), self.tables.slots, x.device)
-            self._routes[share] = ops.kernels.route(slots, empty)
+            empty = ops.kernels.Routes.empty(len(self.slots) * share, self.tables.slots, x.device)
+            self._routes[share] = ops.kernels.route(self.rows(x), empty)
         return self._routes[share]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[M] int32, the slot of each row of x, on its device."""
+        share = self.share(x)
+        if share not in self._rows:
+            slots = torch.tensor(self.slots, dtype=torch.int32).repeat_interleave(share)
+            self._rows[share] = slots.to(x.device, non_blocking=True)
+        return self._rows[share]
 
     def stacks(self, group: Group) -> Stacks:
         """The factors in the order of the requests, gathered once for a CPU."""
@@ -244,9 +254,12 @@ class Group:
         self._ready.outputs = None
         together = len(self.members) > 1 and not args and not kwargs
         indices = range(len(self.members)) if together else [member]
-        ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
-        self.add(ys, x, batch, list(indices))
-        if not together:
+        if not args and not kwargs and self.fuses(x, batch):
+            ys = self.fused(x, batch)
+        else:
+            ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
+            self.add(ys, x, batch, list(indices))
+        if len(ys) == 1:
             return ys[0]
         mine = ys[member]
         if any(other is not mine for other in ys):
@@ -256,6 +269,25 @@ class Group:
     def forget(self) -> None:
         """Drop what waits for a call that never came."""
         self._ready.outputs = None
+
+    def fuses(self, x: Tensor, batch: Batch) -> bool:
+        """Whether the layers' own matmuls run in our launch: asked for, few rows on the kernels, plain layers."""
+        few = 0 < x.shape[:-1].numel() <= self.tables.fused_rows
+        if not few or batch.width == 0 or torch.is_grad_enabled() or dispatch.backend_of(x) != "triton":
+            return False
+        layers = [m.base_layer for m in self.members]
+        plain = (type(y) is nn.Linear and not y._forward_hooks and not y._forward_pre_hooks for y in layers)
+        return all(plain) and not torch.is_autocast_enabled(x.device.type)
+
+    def fused(self, x: Tensor, batch: Batch) -> list[Tensor]:
+        """The members' outputs, base and low-rank term in one launch each."""
+        routes, bases = batch.routes(x), [m.base_layer for m in self.members]
+        ys: list[Tensor] = torch.ops.fastlora.multi_linear(
+            x, [base.weight for base in bases], [base.bias for base in bases], self.a_pool, self.b_pools,
+            self.tables.start, self.rank, self.scaling, self.biased, batch.rows(x), routes.order, routes.tiles,
+            routes.counts, batch.width,
+        )  # fmt: skip
+        return ys
 
     def add(self, ys: list[Tensor], x: Tensor, batch: Batch, members: list[int]) -> None:
         """y += scaling·(x·aᵀ·bᵀ + lora_bias) in place, each request with its own adapter."""

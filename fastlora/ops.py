@@ -38,6 +38,10 @@ _lib.define(
     "multi_update_(Tensor(a!)[] ys, Tensor x, Tensor a_pool, Tensor[] b_pools, Tensor start, Tensor rank, "
     "Tensor scaling, Tensor biased, Tensor order, Tensor tiles, Tensor counts, int width) -> ()"
 )
+_lib.define(
+    "multi_linear(Tensor x, Tensor[] ws, Tensor?[] biases, Tensor a_pool, Tensor[] b_pools, Tensor start, Tensor rank, "
+    "Tensor scaling, Tensor biased, Tensor slots, Tensor order, Tensor tiles, Tensor counts, int width) -> Tensor[]"
+)
 
 
 def triton_unavailable(x: Tensor) -> str | None:
@@ -278,3 +282,56 @@ def _(
     width: int,
 ) -> None:
     return None
+
+
+@torch.library.impl(_lib, "multi_linear", "CompositeExplicitAutograd")
+def multi_linear(
+    x: Tensor,
+    ws: list[Tensor],
+    biases: list[Tensor | None],
+    a_pool: Tensor,
+    b_pools: list[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    counts: Tensor,
+    width: int,
+) -> list[Tensor]:
+    """x·wᵀ + bias and each row's own low-rank term, one launch a layer: for few rows.
+
+    ws: [N, K] each, biases: [N] each or None.   slots: [M] int32, −1 for base only.   The rest as in `multi_update_`.
+    Returns [..., N] each.
+    """
+    with _plain(x):
+        rows = _rows(x)
+        h = kernels.multi_shrink(rows, a_pool, start, rank, width, kernels.Routes(order, tiles, counts))
+        layers = zip(ws, biases, b_pools, rank, scaling, biased, h.unbind(1), strict=True)
+        ys = [
+            kernels.multi_linear(rows, w, bias, part, b_pool, start, ranks, scale, extra, slots)
+            for w, bias, b_pool, ranks, scale, extra, part in layers
+        ]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+
+
+@torch.library.register_fake("fastlora::multi_linear", lib=_lib)
+def _(
+    x: Tensor,
+    ws: list[Tensor],
+    biases: list[Tensor | None],
+    a_pool: Tensor,
+    b_pools: list[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    slots: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    counts: Tensor,
+    width: int,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws]

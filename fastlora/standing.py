@@ -44,6 +44,10 @@ class Standing(Batch):
         self.share(x)
         return self._buffers
 
+    def rows(self, x: Tensor) -> Tensor:
+        self.share(x)
+        return self.mapping
+
     def on_host(self) -> Batch:
         """The same batch with slots that the host has read, made again when an adapter came or went."""
         edition, widest = self.tables.edition, self.tables.widest

@@ -6,6 +6,7 @@ import copy
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -216,6 +217,79 @@ def test_the_kernels_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(prepared, ours)
     assert_same(ours[1], usual[1])
     assert 0 < relative_error(ours, usual.double()) < 16 * one_rounding(torch.float32)
+
+
+def test_few_rows_with_the_matmul_in_the_same_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opt-in: the same rows to the tolerance, base rows too; more rows than asked for run as ever."""
+    base = base_model(layers=1)
+    models = tenants_of(base, "llama")
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    wanted, inputs = ["r7", None, "r64"], batch(rows=3, length=2)
+    launched = mock.Mock(wraps=ops.kernels.multi_linear)
+    monkeypatch.setattr(ops.kernels, "multi_linear", launched)
+    results = {}
+    for few, count in ((0, 0), (5, 0), (6, 7)):
+        bank = bank_with(models, fused_rows=few)
+        with bank.use(wanted):
+            results[few] = logits(model_of(bank), inputs)
+        assert launched.call_count == count, few
+        bank.close()
+    assert_same(results[5], results[0])
+    assert 0 < relative_error(results[6], results[0].double()) < 16 * one_rounding(torch.float32)
+
+
+def test_launches_do_not_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight launches a decoder layer (q, k, v; o; gate, up; down: a shrink and an expand each), however many adapters;
+    and on the torch path as many operators for five adapters as for two."""
+    models = tenants_of(base_model(layers=2), "llama")
+    bank, inputs = bank_with(models), batch(rows=5, length=2)
+    counts = []
+    for wanted in (["r4", "r64", "r4", "r64", "r4"], ["r1", "r4", "r7", "r16", "r64"]):
+        with bank.use(wanted), Recorded() as recorded:
+            logits(model_of(bank), inputs)
+        with bank.use(wanted), Recorded() as recorded:  # the factors are gathered by now
+            logits(model_of(bank), inputs)
+        counts.append(len(recorded.names))
+    assert counts[0] == counts[1]
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    kernels = ("multi_shrink", "multi_expand", "route")
+    launches = {name: mock.Mock(wraps=getattr(ops.kernels, name)) for name in kernels}
+    for name, counted in launches.items():
+        monkeypatch.setattr(ops.kernels, name, counted)
+    with bank.use(["r1", "r4", "r7", "r16", "r64"]):
+        logits(model_of(bank), inputs)
+    assert {name: counted.call_count for name, counted in launches.items()} == dict(
+        multi_shrink=2 * 4, multi_expand=2 * 4, route=1
+    )
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_with_other_adapters() -> None:
+    """Captured once over `prepare`'s buffers; more, fewer and other adapters replay to eager's own bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    models = tenants_of(base_model().cuda(), "llama")
+    bank = bank_with(models)
+    inputs = {"input_ids": batch(rows=4, length=3)["input_ids"].cuda()}
+    slots = {name: bank.slot(name) for name in models if name}
+
+    def mapping(wanted: list[str | None]) -> torch.Tensor:
+        return torch.tensor([slots.get(name, -1) for name in wanted], device="cuda").repeat_interleave(3)
+
+    bank.prepare(mapping(["r4", None, "r7", "r4"]))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        logits(model_of(bank), inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = logits(model_of(bank), inputs)
+    for wanted in (["r16", "r64", "r1", None], [None] * 4, ["r7"] * 4, ["r4", None, "r7", "r4"]):
+        bank.prepare(mapping(wanted))
+        graph.replay()
+        got = replayed.clone()
+        assert_same(got, logits(model_of(bank), inputs))
+    bank.prepare(None)
 
 
 class Recorded(TorchDispatchMode):

@@ -93,6 +93,16 @@ def launched(g: Group, routes: Routes | None = None) -> list[Tensor]:
     return ys
 
 
+def fused(g: Group, w: list[Tensor], bias: Tensor | None, config: Tile) -> list[Tensor]:
+    """The group's layers with their matmuls in the same launch."""
+    h = kernels.multi_shrink(g.x, g.a_pool, g.start, g.rank, g.width, routed(g), config=SHRINK)
+    layers = zip(w, g.b_pools, g.rank, g.scaling, g.biased, h.unbind(1), strict=True)
+    return [
+        kernels.multi_linear(g.x, w, bias, part, b_pool, g.start, rank, scaling, biased, g.slots, config=config)
+        for w, b_pool, rank, scaling, biased, part in layers
+    ]
+
+
 def twin(g: Group) -> list[Tensor]:
     h = reference.multi_shrink(g.x, g.a_pool, g.start, g.rank, g.width, g.slots)
     return reference.multi_expand(g.ys, h, g.b_pools, g.start, g.rank, g.scaling, g.biased, g.slots)
@@ -140,6 +150,19 @@ def test_a_long_input_is_summed_from_parts(device: str, poison: None) -> None:
     assert kernels.multi_shrink(g.x, g.a_pool, g.start, g.rank, g.width, routed(g), config=SHRINK).shape[0] == 3
     for ours, usual, exact in zip(launched(g), plain(g), twin(g.double()), strict=True):
         assert_close(ours, usual, exact)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_the_matmul_in_the_same_launch(mix: str, device: str, poison: None) -> None:
+    """Against the base's product and the update, in float64; more rows than one tile has, of all adapters and none."""
+    g = group(uneven(21), mix, device, outs=(40,))
+    w, bias = lay(torch.randn(40, 70).to(device, g.x.dtype) / 70**0.5), lay(torch.randn(40).to(device, g.x.dtype))
+    exact, usual = g.double(), torch.nn.functional.linear(g.x, w, bias)
+    exact = replace(exact, ys=[torch.nn.functional.linear(exact.x, w.double(), bias.double())])
+    (wanted,), (plainly,) = twin(exact), plain(replace(g, ys=[usual]))
+    for layout in (w, lay(w.t().contiguous()).t()):
+        (ours,) = fused(g, [layout], bias, Tile(16, BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, num_stages=1))
+        assert_close(ours, plainly, wanted, mix)
 
 
 MAPPINGS = {
@@ -225,6 +248,20 @@ def test_a_deleted_slot_is_base_only(device: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "default", "interpreter"])
-@pytest.mark.parametrize("kernel", ["multi_shrink", "multi_expand"])
+@pytest.mark.parametrize("kernel", ["multi_shrink", "multi_expand", "multi_linear"])
 def test_tiles_do_not_depend_on_the_batch(arch: str, kernel: str) -> None:
     assert not any("max_M" in row or "M" in row or "max_R" in row for row in table(arch)["tiles"][kernel])
+
+
+def test_the_ops_pass_opcheck(device: str) -> None:
+    g = group(uneven(7), "fp32", device, ranks=(2, 3, 4, 5, 6, 7), K=32, outs=(24, 16))
+    clean = replace(g, a_pool=g.a_pool.nan_to_num(), b_pools=[b.nan_to_num() for b in g.b_pools])
+    routes = routed(clean)
+    tables = clean.start, clean.rank, clean.scaling, clean.biased
+    buffers = routes.order, routes.tiles, routes.counts
+    x, pools = clean.x, (clean.a_pool, clean.b_pools)
+    torch.library.opcheck(torch.ops.fastlora.multi_update_.default, (clean.ys, x, *pools, *tables, *buffers, g.width))
+    ws = [torch.randn(24, 32, device=device), torch.randn(16, 32, device=device)]
+    biases = [None, torch.randn(16, device=device)]
+    inputs = (x, ws, biases, *pools, *tables, clean.slots, *buffers, g.width)
+    torch.library.opcheck(torch.ops.fastlora.multi_linear.default, inputs)

@@ -5,6 +5,7 @@ from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
 from fastlora_kernels.multi import multi_expand, multi_shrink
+from fastlora_kernels.multi_linear import multi_linear
 from fastlora_kernels.routing import Routes, route
 from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import Tile, strategy, table, tile
@@ -24,6 +25,7 @@ __all__ = [
     "lora_linear",
     "lora_update",
     "multi_expand",
+    "multi_linear",
     "multi_shrink",
     "route",
     "shrink",

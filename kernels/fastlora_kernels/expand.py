@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.device import INTERPRET, arch, on_device
-from fastlora_kernels.dot import cast, dot, pieces
+from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
+from fastlora_kernels.gemm import main_loop
 from fastlora_kernels.persistent import persistent, takes_tma
 from fastlora_kernels.prologue import low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile, tile
@@ -85,23 +86,10 @@ def _expand_kernel(
         HAS_LORA_BIAS, DROPOUT, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if BASE == 0:
-        # rows past M repeat the last one: they are never stored, and x is loaded without a row mask
-        x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * stride_xm
-        w_cols = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
-        offs_k = tl.arange(0, BLOCK_K)
-        x_tile = x_rows + offs_k[None, :] * stride_xk
-        w_tile = w_cols + offs_k[:, None] * stride_wk
-        for k in tl.range(0, K, BLOCK_K):
-            if EVEN_K:
-                x = tl.load(x_tile)
-                w = tl.load(w_tile) if EVEN_N else tl.load(w_tile, mask=mask_n[None, :], other=0.0)
-            else:
-                mask_k = offs_k < K - k
-                x = tl.load(x_tile, mask=mask_k[None, :], other=0.0)
-                w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)
-            acc = dot(x, w, acc, MAIN_PIECES, INTERPRET)
-            x_tile += BLOCK_K * tl.cast(stride_xk, tl.int64)
-            w_tile += BLOCK_K * tl.cast(stride_wk, tl.int64)
+        acc = main_loop(
+            x_ptr, w_ptr, acc, M, K, stride_xm, stride_xk, stride_wn, stride_wk, offs_m, offs_n, mask_n,
+            MAIN_PIECES, EVEN_N, EVEN_K, INTERPRET, BLOCK_K,
+        )  # fmt: skip
 
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
     if BASE == 1:
