@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from banked import logits, prompter, saved, state_of, take, tenant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import base_model, batch
 from peft import PeftModel
 from safetensors.torch import save
-from tenants import logits, prompter, saved, state_of, take, tenant
 from tolerance import assert_same
 from torch import Tensor, nn
 
