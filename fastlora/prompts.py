@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastlora import multi
-from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, shifted
+from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, positions_of, shifted
 
 BEGUN = "_fastlora_prompts"
 """The attribute of a cache that names the requests whose virtual tokens it begins with."""
@@ -47,8 +47,9 @@ class Prompts:
 
     model: a Hugging Face causal or seq2seq language model, plain or PEFT; a causal one's cache holds plain keys and
     values.   pool: [max_tokens, d], in the dtype of the input embeddings.   kept_tokens: virtual tokens of all prefixes
-    that are kept, 4·max_tokens if not given; the least recently used goes first.   Prompts are constants: no gradient.
-    Raises ValueError for a model that generates no text.
+    that are kept, 4·max_tokens if not given; the least recently used goes first. A prefix is good as long as the
+    version: whatever else changes the model must change that.   No gradient reaches a prompt.   Raises ValueError for a
+    model that generates no text.
     """
 
     def __init__(self, model: Any, max_prompts: int, max_tokens: int, kept_tokens: int | None = None) -> None:
@@ -87,7 +88,8 @@ class Prompts:
                 delattr(owner, name)
                 if before is not None:
                     setattr(owner, name, before)
-        self._prefixes.clear()
+        with self._lock:
+            self._prefixes.clear()
 
     def store(self, slot: int, start: int, rows: Tensor, decoder_rows: Tensor | None = None) -> None:
         """Copy a prompt's virtual tokens into the pool.
@@ -122,11 +124,13 @@ class Prompts:
 
         A batch has the same number of rows for each request, side by side (its beams).
         """
-        for request in requests or ():
-            if request is not None:
-                self._check(request.slot, request.start, request.tokens)
+        prompted = [request for request in requests or () if request is not None]
+        for request in prompted:
+            self._check(request.slot, request.start, request.tokens)
+        if prompted and self.model.training:
+            raise ValueError("model: got one in training mode, wanted it after eval(): prefixes would keep its dropout")
         before = self._requests()
-        self._current.requests = tuple(requests) if requests and any(requests) else None
+        self._current.requests = tuple(requests) if requests and prompted else None
         try:
             yield
         finally:
@@ -135,16 +139,17 @@ class Prompts:
     def _requests(self) -> Requests | None:
         return getattr(self._current, "requests", None)
 
-    def _tokens(self, requests: Requests, rows: int, device: torch.device) -> Tensor:
-        """Virtual tokens of each row: [rows]."""
+    def _tokens(self, requests: Requests, rows: int, device: torch.device) -> tuple[Tensor, int]:
+        """Virtual tokens of each row: [rows], and the most of them."""
         if rows % len(requests):
             raise ValueError(f"input_ids: got {rows} rows, wanted a multiple of the batch's {len(requests)} requests")
-        tokens = torch.tensor([request.tokens if request else 0 for request in requests])
-        return tokens.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
+        tokens = [request.tokens if request else 0 for request in requests]
+        spread = torch.tensor(tokens).repeat_interleave(rows // len(requests))
+        return spread.to(device, non_blocking=True), max(tokens)
 
     def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate would count a cache's virtual tokens among input_ids: it must begin with none."""
-        if getattr(kwargs.get("past_key_values"), BEGUN, None) is not None:
+        if begun_for(kwargs.get("past_key_values")) is not None:
             raise ValueError("past_key_values: got a cache that holds virtual tokens, wanted none or an empty one")
         return inner(*args, **kwargs)
 
@@ -152,13 +157,13 @@ class Prompts:
         """A causal model's forward, on a cache that begins with the requests' prefixes."""
         kwargs = named(inner, args, kwargs)
         requests, cache = self._requests(), kwargs.get("past_key_values")
-        begun = getattr(cache, BEGUN, None)
+        begun = begun_for(cache)
         if begun is not None and begun != requests:
             raise ValueError("past_key_values: got a cache begun for other prompts, wanted those of this batch")
         if requests is None:
             return inner(**kwargs)
         inputs = given(kwargs)
-        tokens, longest = self._tokens(requests, len(inputs), inputs.device), max(r.tokens for r in requests if r)
+        tokens, longest = self._tokens(requests, len(inputs), inputs.device)
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
             kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
@@ -168,12 +173,7 @@ class Prompts:
         virtual = torch.arange(longest, device=inputs.device) >= longest - tokens[:, None]
         kwargs["attention_mask"] = torch.cat([virtual.to(mask.dtype), mask], 1)
         if self._positioned:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -inputs.shape[1] :]
-            elif positions.dim() != 2:
-                raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, tokens]")
-            kwargs["position_ids"] = positions + tokens[:, None]
+            kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1]) + tokens[:, None]
         labels = kwargs.pop("labels", None)
         as_dict, use_cache = (kwargs.pop(name, None) for name in ("return_dict", "use_cache"))
         use_cache = self.model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache
@@ -238,8 +238,8 @@ class Prompts:
             kwargs = self._embedded(requests, kwargs)
         else:
             rows, columns = encoded[0].shape[:2]
-            tokens = self._tokens(requests, rows, encoded[0].device)
-            mask = mask_of(kwargs, (rows, columns - max(r.tokens for r in requests if r)), encoded[0].device)
+            tokens, longest = self._tokens(requests, rows, encoded[0].device)
+            mask = mask_of(kwargs, (rows, columns - longest), encoded[0].device)
             kwargs["attention_mask"] = Packed.of(mask, tokens, columns).mask
         with self.serving(None):
             return inner(**kwargs)
@@ -249,15 +249,20 @@ class Prompts:
         inputs = given(kwargs)
         embeds = inputs if inputs.is_floating_point() else self.model.get_input_embeddings()(inputs)
         (rows, S), device = inputs.shape[:2], embeds.device
-        tokens = self._tokens(requests, rows, device)
-        mask = mask_of(kwargs, (rows, S), device)
-        packed = Packed.of(mask, tokens, S + max(r.tokens for r in requests if r))
+        tokens, longest = self._tokens(requests, rows, device)
+        packed = Packed.of(mask_of(kwargs, (rows, S), device), tokens, S + longest)
         starts = torch.tensor([request.start if request else 0 for request in requests])
         first = starts.repeat_interleave(rows // len(requests)).to(device, non_blocking=True)
         at = torch.where(packed.virtual, first[:, None] + torch.arange(packed.mask.shape[1], device=device), 0)
         embeds = embeds.take_along_dim(packed.source[..., None], 1)
         embeds = torch.where(packed.virtual[..., None], self.pool[at].to(embeds.dtype), embeds)
         return kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask}
+
+
+def begun_for(cache: Any) -> Requests | None:
+    """The requests whose virtual tokens a cache begins with."""
+    requests: Requests | None = getattr(cache, BEGUN, None)
+    return requests if requests is not None and cache.get_seq_length() else None
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def mask_of(kwargs: dict[str, Any], shape: tuple[int, int], device: torch.device
     return mask
 
 
+def positions_of(kwargs: dict[str, Any], mask: Tensor, S: int) -> Tensor:
+    """position_ids: [B, S] or [1, S]; each row's count of what it attends to before, where none are given."""
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -S:]
+    if positions.dim() != 2 or positions.shape[1] != S:
+        raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, {S}]")
+    return positions
+
+
 def first_attended(mask: Tensor) -> Tensor:
     """The first column of each row that is attended to: [B]."""
     return (mask != 0).long().argmax(1)
@@ -92,13 +102,16 @@ def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, co
 def shifted(
     logits: Tensor, labels: Tensor, mask: Tensor, tokens: Tensor, prefixes: list[Prefix | None]
 ) -> tuple[Tensor, Tensor]:
-    """(logits, labels) of one column more, in which each row's last virtual token predicts its first own token."""
+    """(logits, labels) of one column more, in which each row's last virtual token predicts its first own token.
+
+    A row without virtual tokens predicts its first token from nothing, and so not from its padding either.
+    """
     first, prompted = first_attended(mask)[:, None], tokens[:, None] > 0
     some = next(prefix.logits for prefix in prefixes if prefix is not None)
     last = torch.stack([torch.zeros_like(some) if prefix is None else prefix.logits for prefix in prefixes])
     last = last.repeat_interleave(len(logits) // len(prefixes), 0)[:, None]
     column = torch.arange(logits.shape[1] + 1, device=logits.device)
     here = ((column == first) & prompted)[..., None]
-    logits = torch.where(here, last, torch.cat([torch.zeros_like(logits[:, :1]), logits], 1))
-    lead = torch.where(prompted & (first == 0), labels[:, :1], -100)
-    return logits, torch.cat([torch.full_like(lead, -100), lead, labels[:, 1:]], 1)
+    logits = torch.where(here, last, F.pad(logits, (0, 0, 1, 0)))
+    predicted = torch.where(column[:-1] == first, prompted, column[:-1] > 0)
+    return logits, F.pad(torch.where(predicted, labels, -100), (1, 0), value=-100)
