@@ -48,10 +48,12 @@ class AdapterBank:
     fused_rows: up to so many rows (16 is a sensible number) a plain linear layer's matmul runs in our launch on a GPU;
     base rows then equal the base's to the tolerance, no longer to the bit.
 
-    The layers are replaced by MultiLoRALinear; outside of `use` and `prepare` the model is its base to the bit, and
+    The layers are replaced by MultiLoRALinear, and the adapters' room is taken at once, where the model is: move the
+    model before. Outside of `use` and `prepare` the model is its base to the bit, and
     `close` puts everything back.   Raises TypeError, ValueError.
     """
 
+    @torch.inference_mode(False)  # the pools outlive the caller's inference mode
     def __init__(
         self,
         model: nn.Module,
@@ -81,17 +83,17 @@ class AdapterBank:
         self._batches: OrderedDict[Any, Batch] = OrderedDict()
         self._attached = Attached(model, target_modules, max_loras, max_total_rank, dtype)
         self._attached.tables.fused_rows = fused_rows
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._attached.detach)
             self._prompts = Prompts(self._attached.base, max_prompts, max_prompt_tokens)
+            undo.callback(self._prompts.close)
             layers = LayerPools(self._attached.tables, self._attached.groups, self._attached.names)
             self._lora = Shelf("rank rows", layers, max_loras, max_total_rank)
             prompts = Shelf("virtual tokens", PromptPools(self._prompts), max_prompts, max_prompt_tokens)
             self._storage = Storage({"lora": self._lora, "prompt": prompts}, host_bytes, self._forget)
             for name, adapter in self._attached.loaded():
                 self._add(adapter, name, False, None)
-        except BaseException:
-            self._attached.detach()
-            raise
+            self._undo = undo.pop_all()
 
     def load_adapter(
         self,
@@ -126,8 +128,7 @@ class AdapterBank:
         version = Version(name, next(self._generations), adapter.kind, *sizes, pinned=pinned)
         self._storage.add(version, adapter, old)
         self._versions[name] = version
-        if old is not None:
-            self._uncache(old)
+        self._purge()
         return version.generation
 
     def delete_adapter(self, name: str) -> None:
@@ -139,10 +140,12 @@ class AdapterBank:
 
     def _forget(self, version: Version) -> None:
         del self._versions[version.name]
-        self._uncache(version)
+        self._purge()
 
-    def _uncache(self, version: Version) -> None:
-        for key in [key for key in self._batches if version.generation in key[2]]:
+    def _purge(self) -> None:
+        """Drop the cached batches of which an adapter has left the device."""
+        here = {0} | {version.generation for version in self._versions.values() if version.on_device}
+        for key in [key for key in self._batches if not here.issuperset(key[2])]:
             del self._batches[key]
 
     def pin_adapter(self, name: str, pinned: bool = True) -> None:
@@ -210,13 +213,11 @@ class AdapterBank:
                     self._storage.release(version)
 
     def _bring(self, versions: list[Version]) -> None:
-        """Onto the device, and whoever left it out of the cached batches."""
+        """All onto the device."""
         missing = any(not version.on_device for version in versions)
         self._storage.bring(versions)
         if missing:
-            here = {0} | {v.generation for v in self._lora.resident}
-            for key in [key for key in self._batches if not here.issuperset(key[2])]:
-                del self._batches[key]
+            self._purge()
 
     def _batch(self, versions: list[Version | None]) -> Batch:
         """The Batch of these, one of the last few if they were the same, in the same places and on the same stream."""
@@ -239,7 +240,8 @@ class AdapterBank:
 
         token_lora_mapping: [M], the `slot` of each row of x, tokens of a batch in their order, −1 for base only; so is
         a slot whose adapter is gone. It is copied into buffers that were made for the first mapping of M rows: later
-        ones allocate nothing and wait for nothing, and a captured CUDA graph replays with the latest.
+        ones (int32, on the device) allocate nothing and wait for nothing, and a captured CUDA graph replays with the
+        latest.
         Raises TypeError, ValueError.
         """
         if token_lora_mapping is None:
@@ -279,8 +281,7 @@ class AdapterBank:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._attached.detach()
-                self._prompts.close()
+                self._undo.close()
 
     def _check_open(self) -> None:
         if self._closed:

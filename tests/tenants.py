@@ -1,62 +1,118 @@
-"""Tenants of a bank: PEFT adapters on copies of one base model, and what each of them computes alone."""
+"""Tiny models that serve soft prompts, and PEFT's prompt tuning of the same, a model for each prompt."""
 
 from __future__ import annotations
 
 import copy
-import os
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import torch
-from models import lora_config
-from peft import PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+import transformers
+from models import VOCABULARY, base_model
+from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 
-from fastlora import AdapterBank
+from fastlora.prompts import PromptOf, Prompts
+
+LENGTHS = (1, 5, 20)
+WHO = (1, 0, 20, 5, 0)
+"""The batch's requests by the length of their prompt."""
+CAUSAL = ("llama", "qwen3", "gpt2")
+FAMILIES = (*CAUSAL, "t5", "bart")
 
 
-def tenant(base: nn.Module, family: str = "llama", **options: Any) -> PeftModel:
-    """PEFT's adapter on a copy of the base, with a B (and a lora_bias) that is not zero."""
-    model = get_peft_model(copy.deepcopy(base), lora_config(family, **options)).eval()
+def small(family: str) -> transformers.PreTrainedModel:
+    """A model of the family whose weights are large enough for its tokens to depend on what it reads."""
+    if family == "bart":
+        sizes = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=64, decoder_ffn_dim=64)
+        heads = dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64, dropout=0)
+        ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None)
+        config = transformers.BartConfig(vocab_size=VOCABULARY, **ids, **sizes, **heads)
+        model = transformers.BartForConditionalGeneration(config).eval()
+    else:
+        model = base_model(family)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.2)
+            if parameter.dim() > 1 and (family != "t5" or "EncDecAttention.o" in name):
+                parameter.mul_(5)
     return model
 
 
-def prompter(base: nn.Module, tokens: int, task: str = "CAUSAL_LM") -> PeftModel:
-    """PEFT's prompt tuning on a copy of the base."""
-    model = get_peft_model(copy.deepcopy(base), PromptTuningConfig(task_type=task, num_virtual_tokens=tokens)).eval()
-    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=0.5)
-    return model
+def with_prompt(base: nn.Module, rows: Tensor, family: str) -> nn.Module:
+    """PEFT's prompt tuning around the base, with these virtual tokens."""
+    task = "CAUSAL_LM" if family in CAUSAL else "SEQ_2_SEQ_LM"
+    model = get_peft_model(base, PromptTuningConfig(task_type=task, num_virtual_tokens=len(rows)))
+    weight = model.prompt_encoder["default"].embedding.weight.data
+    weight.normal_()  # a decoder's half, if there is one
+    weight[: len(rows)] = rows
+    return model.eval()
 
 
-def state_of(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, config) as PEFT would save them."""
-    state = {key: t.detach().clone() for key, t in get_peft_model_state_dict(model).items()}
-    return state, model.peft_config["default"].to_dict()
+@dataclass
+class Tenants:
+    """A served model, its prompts by length, and for each length what PEFT would run: in fp32, and in float64."""
+
+    family: str
+    model: Any
+    prompts: Prompts
+    requests: dict[int, PromptOf | None]
+    plain: dict[int, Any]
+    exact: dict[int, Any]
+
+    @classmethod
+    def of(cls, family: str, seed: int = 0) -> Tenants:
+        torch.manual_seed(seed)
+        model = small(family)
+        weight = model.get_input_embeddings().weight
+        pool = {P: torch.randn(P, weight.shape[1]) * weight.std() for P in LENGTHS}
+        plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+        prompts = Prompts(model, max_prompts=4, max_tokens=32)
+        requests: dict[int, PromptOf | None] = {0: None}
+        for slot, (P, rows) in enumerate(pool.items()):
+            requests[P] = PromptOf(slot, start=sum(LENGTHS[:slot]), tokens=P, version=(slot, 0))
+            prompts.store(slot, sum(LENGTHS[:slot]), rows)
+        peft = {P: with_prompt(plain, rows, family) for P, rows in pool.items()}
+        doubled = {P: with_prompt(exact, rows.double(), family).double() for P, rows in pool.items()}
+        return cls(family, model, prompts, requests, {0: plain, **peft}, {0: exact, **doubled})
+
+    @property
+    def causal(self) -> bool:
+        return self.family in CAUSAL
+
+    def serving(self, who: Sequence[int] = WHO) -> Any:
+        return self.prompts.serving([self.requests[P] for P in who])
+
+    def forward(self, who: Sequence[int], **inputs: Any) -> Any:
+        with torch.no_grad(), self.serving(who):
+            return self.model(**inputs)
+
+    def generate(self, who: Sequence[int], **inputs: Any) -> Tensor:
+        with self.serving(who):
+            return self.model.generate(**inputs)
 
 
-def saved(model: PeftModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    return folder
+def rows_of(lengths: Sequence[int] = (5, 3, 7, 4, 6)) -> list[Tensor]:
+    return [torch.randint(3, VOCABULARY, (length,)) for length in lengths]
 
 
-def take(bank: AdapterBank, name: str, model: PeftModel, **options: Any) -> int:
-    """Load a tenant's adapter into the bank."""
-    state, config = state_of(model)
-    return bank.load_adapter(state, name, config=config, **options)
+def padded(rows: list[Tensor], side: str) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(longest - len(row), None) if side == "left" else slice(len(row))
+        ids[i, where], mask[i, where] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
-def rows(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
-    """One request of a batch, alone."""
-    return {key: t[row : row + 1] for key, t in inputs.items()}
+def one(row: Tensor) -> dict[str, Tensor]:
+    return padded([row], "left")
 
 
-@torch.no_grad()
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    out: Tensor = model(**inputs).logits
-    return out
+def calls(model: nn.Module) -> list[int]:
+    """Grows with each run of the model's body: True where that was a prefix's, whose tokens are all attended to."""
+    seen: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["attention_mask"] is None), with_kwargs=True
+    )
+    return seen

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 import torch
+from banked import logits, prompter, rows, saved, state_of, take, tenant
 from models import base_model, batch, peft_model
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from tenants import logits, prompter, rows, saved, state_of, take, tenant
 from tolerance import FACTOR_OF_ONE_AMONG_MANY, assert_all_close, assert_same, one_rounding, relative_error
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

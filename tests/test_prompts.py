@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import VOCABULARY, lora_config
 from peft import get_peft_model, inject_adapter_in_model
-from prompted import FAMILIES, LENGTHS, WHO, Tenants, calls, one, padded, rows_of, small, with_prompt
+from tenants import FAMILIES, LENGTHS, WHO, Tenants, calls, one, padded, rows_of, small, with_prompt
 from tolerance import assert_all_close, assert_same
 from torch import Tensor, nn
 

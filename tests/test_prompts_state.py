@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import transformers
-from prompted import FAMILIES, WHO, Tenants, calls, padded, rows_of, small
+from tenants import FAMILIES, WHO, Tenants, calls, padded, rows_of, small
 from tolerance import assert_same
 from torch import Tensor
 

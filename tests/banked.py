@@ -1,0 +1,62 @@
+"""Tenants of a bank: PEFT adapters on copies of one base model, and what each of them computes alone."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from models import lora_config
+from peft import PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from fastlora import AdapterBank
+
+
+def tenant(base: nn.Module, family: str = "llama", **options: Any) -> PeftModel:
+    """PEFT's adapter on a copy of the base, with a B (and a lora_bias) that is not zero."""
+    model = get_peft_model(copy.deepcopy(base), lora_config(family, **options)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def prompter(base: nn.Module, tokens: int, task: str = "CAUSAL_LM") -> PeftModel:
+    """PEFT's prompt tuning on a copy of the base."""
+    model = get_peft_model(copy.deepcopy(base), PromptTuningConfig(task_type=task, num_virtual_tokens=tokens)).eval()
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=0.5)
+    return model
+
+
+def state_of(model: PeftModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state dict, config) as PEFT would save them."""
+    state = {key: t.detach().clone() for key, t in get_peft_model_state_dict(model).items()}
+    return state, model.peft_config["default"].to_dict()
+
+
+def saved(model: PeftModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+def take(bank: AdapterBank, name: str, model: PeftModel, **options: Any) -> int:
+    """Load a tenant's adapter into the bank."""
+    state, config = state_of(model)
+    return bank.load_adapter(state, name, config=config, **options)
+
+
+def rows(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    """One request of a batch, alone."""
+    return {key: t[row : row + 1] for key, t in inputs.items()}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    out: Tensor = model(**inputs).logits
+    return out
