@@ -57,7 +57,7 @@ def _parser() -> _Parser:
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(layers.IMPLS)}")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE:FUNCTION", help="one more; see above")
     parser.add_argument("--rounds", type=_positive, help=f"timed rounds a case; by set {ROUNDS}")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="start no case that begins later than this")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="when to stop, between two cases")
     parser.add_argument("--threads", type=_positive, help="of a CPU, each on a core of its own")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where SUITE.json goes; benchmarks/results/<device>")
     return parser
@@ -139,7 +139,7 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
     cases = suite.cases(bench)
     print(f"\n{name}: {len(cases)} cases, {bench.rounds} rounds\n{table.HEADER}")
     for done, case in enumerate(cases):
-        if deadline is not None and time.monotonic() > deadline:
+        if done and deadline is not None and time.monotonic() > deadline:  # one case at the least
             print(f"{name}: out of time, {len(cases) - done} of {len(cases)} cases left out", file=sys.stderr)
             break
         table.bar(done, len(cases), f"{name} {case.name}")

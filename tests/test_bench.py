@@ -218,8 +218,8 @@ def test_one_case_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pyte
 
 def test_a_budget_ends_between_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench(tmp_path, "linear", "--impl", "fastlora", "--budget", "0") == 0
-    assert "linear: out of time, 3 of 3 cases left out" in capsys.readouterr().err
-    assert not (tmp_path / "linear.json").exists(), "nothing measured, nothing written"
+    assert "linear: out of time, 2 of 3 cases left out" in capsys.readouterr().err
+    assert len({record.case for record in records.read(tmp_path / "linear.json").records}) == 1, "the first is measured"
 
 
 def test_the_sets() -> None:

@@ -86,6 +86,7 @@ def test_pieces(main: torch.dtype, factor: torch.dtype, out: torch.dtype, counts
 
 
 TABLES = sorted(Path(inspect.getfile(kernels)).with_name("tables").glob("*.json"))
+KERNELS = ["shrink", "expand", "add", "dy", "x", "dx", "multi_shrink", "multi_expand", "multi_linear"]
 BOUNDS = {"max_M", "max_N", "max_K", "max_R", "dtype"}
 
 
@@ -93,7 +94,7 @@ BOUNDS = {"max_M", "max_N", "max_K", "max_R", "dtype"}
 def test_tables_answer_every_shape(path: Path) -> None:
     """Each row says where it comes from, the last of each list has no bounds, and a tile is a valid launch."""
     table = json.loads(path.read_text())
-    assert set(table["tiles"]) == {"shrink", "expand", "add", "dy", "x", "dx"}
+    assert set(table["tiles"]) == set(KERNELS)
     for rows in (*table["tiles"].values(), table["strategy"]):
         assert all("source" in row for row in rows)
         assert not BOUNDS & set(rows[-1])
@@ -108,7 +109,7 @@ def test_tables_answer_every_shape(path: Path) -> None:
 
 
 @given(
-    kernel=st.sampled_from(["shrink", "expand", "add", "dy", "x", "dx"]),
+    kernel=st.sampled_from(KERNELS),
     dtype=st.sampled_from([fp32, fp16, bf16]),
     arch=st.sampled_from([*(path.stem for path in TABLES), "sm_999", "gfx000"]),
     M=sizes,
