@@ -152,7 +152,7 @@ def saved_bytes(run: Any, known: list[Tensor]) -> int:
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_layer_saves_h_and_a_seed(backend: str, adapter: torch.dtype, p: float) -> None:
-    """Beyond x: M·R fp32 and 8 bytes, with dropout or without; PEFT's formulation saves megabytes here."""
+    """Beyond x: M·R fp32 and 8 bytes, with dropout or without: a quarter of what PEFT's formulation saves, or less."""
     M, K, N, R = 64, 96, 80, 4
     x = torch.randn(M, K).bfloat16().requires_grad_()
     w, bias = torch.randn(N, K).bfloat16(), torch.randn(N).bfloat16()
@@ -166,7 +166,7 @@ def test_a_layer_saves_h_and_a_seed(backend: str, adapter: torch.dtype, p: float
         return (linear(x, w, bias) + linear(linear(inner, a), b) * 0.5).to(x.dtype)
 
     if p or adapter == torch.float32:
-        assert saved_bytes(plain, known) >= ours + 2 * M * K
+        assert saved_bytes(plain, known) >= 4 * ours
 
 
 def test_frozen_factors_are_not_kept() -> None:
