@@ -25,6 +25,9 @@ LADDER = {  # each module, and what of ours it may import
     "adapters": {"multi"},
     "virtual": set(),
     "prompts": {"multi", "virtual"},
+    "nearest": set(),
+    "soft": {"adapters", "nearest"},
+    "prepend": {"prompts", "soft", "virtual"},
     "runs": set(),
     "attach": {"adapters", "groups", "multi"},
     "pools": {"adapters", "multi"},
@@ -35,7 +38,7 @@ LADDER = {  # each module, and what of ours it may import
     "peft": {"functional", "dispatch", "modules"},
     "plan": {"adapters", "functional"},
     "__main__": {"dispatch", "functional", "ops", "plan", "reference"},
-    "__init__": {"functional", "reference", "dispatch", "modules", "multi", "warm", "peft", "bank"},
+    "__init__": {"functional", "reference", "dispatch", "modules", "multi", "prepend", "soft", "warm", "peft", "bank"},
 }
 HEAVY = {"peft", "transformers", "bitsandbytes", "torchao"}
 HEAVY_IN = {"peft": HEAVY, "plan": {"transformers"}}
@@ -77,7 +80,9 @@ def test_kernels_is_no_package() -> None:
 
 
 def test_importing_fastlora_stays_light() -> None:
-    code = "import sys, fastlora, fastlora.plan; print(*sorted({'peft', 'transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, fastlora, fastlora.plan; print(*sorted({'peft', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
     path = f"{ROOT}:{ROOT / 'kernels'}"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": path, "PATH": ""}
