@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import types
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -95,7 +96,7 @@ def remove_soft_prompts(model: Any) -> None:
     hugging = _hugging(model)
     reader = _reader(hugging)
     for module in {id(m): m for m in (hugging, reader)}.values():
-        module.__class__ = type(module).__bases__[0]
+        _become(module, type(module).__bases__[0])
     del reader.soft_prompts
 
 
@@ -120,8 +121,8 @@ def _reader(hugging: Any) -> Any:
 
 def _install(model: Any, hugging: Any) -> SoftPrompts:
     reader = _reader(hugging)
-    if "forward" in vars(hugging) or "forward" in vars(reader):
-        raise ValueError("model: got one whose forward is replaced (by a bank, or accelerate), wanted it before that")
+    if any("forward" in vars(m) and "_old_forward" not in vars(m) for m in (hugging, reader)):
+        raise ValueError("model: got one whose forward is replaced (by a bank, or Trainer), wanted it before that")
     if model is hugging:
         for name, parameter in hugging.named_parameters():
             if "lora_" not in name:
@@ -132,8 +133,14 @@ def _install(model: Any, hugging: Any) -> SoftPrompts:
         changes = [(reader, _encode), (hugging, _encode_decode)]
     for module, around in changes:
         kind: Any = type(module)
-        module.__class__ = _prompted(kind, around)
+        _become(module, _prompted(kind, around))
     return reader.soft_prompts
+
+
+def _become(module: Any, kind: Any) -> None:
+    module.__class__ = kind
+    if "_old_forward" in vars(module):  # accelerate's hooks, on quantised bases, kept the method of the class before
+        module._old_forward = types.MethodType(kind.forward, module)
 
 
 @functools.cache

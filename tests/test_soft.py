@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from models import VOCABULARY, lora_config
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from prompted import CAUSAL, FAMILIES, one, padded, rows_of, small, with_prompt
+from safetensors.torch import load_file
 from tolerance import assert_all_close, assert_same, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,10 +37,12 @@ def prompt_of(model: Any, rows: Tensor) -> SoftPrompt:
     return prompt
 
 
-def pair(family: str, tokens: int = P, seed: int = 0) -> tuple[Any, SoftPrompt, Any]:
+def pair(
+    family: str, tokens: int = P, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Any, SoftPrompt, Any]:
     """(a model with our prompt, the prompt, PEFT's prompt tuning of a copy with the same)."""
     torch.manual_seed(seed)
-    model = small(family)
+    model = small(family).to(dtype)
     rows = rows_for(model, tokens)
     peft = with_prompt(copy.deepcopy(model), rows, family)
     return model, add_soft_prompt(model, prompt_of(model, rows)), peft
@@ -68,11 +72,11 @@ def in_peft(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
-def test_a_training_step_is_that_of_peft(family: str, autocast: bool) -> None:
-    draws = []
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+def test_a_training_step_is_that_of_peft(family: str, precision: str) -> None:
+    draws, autocast = [], precision == "autocast"
     for seed in range(3):
-        model, prompt, peft = pair(family, seed=seed)
+        model, prompt, peft = pair(family, seed=seed, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
         exact, inputs = copy.deepcopy(peft).double(), batch(family)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             ours, theirs = step(model, prompt.weight, inputs), step(peft, in_peft(peft), inputs)
@@ -128,7 +132,7 @@ def test_one_token_and_a_thousand(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", ["eval", "train", "beams"])
+@pytest.mark.parametrize("mode", ["eval", "train", "beams", "checkpointing"])
 def test_generating_gives_what_peft_gives_each_row_alone(family: str, mode: str) -> None:
     model, prompt, peft = pair(family)
     prompt.weight.data.mul_(2)
@@ -137,7 +141,9 @@ def test_generating_gives_what_peft_gives_each_row_alone(family: str, mode: str)
     rows = rows_of()
     inputs = padded(rows, "left")
     before = inputs["input_ids"].shape[1] if family in CAUSAL else 0
-    ours = model.train(mode == "train").generate(**inputs, **options)
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ours = model.train(mode in ("train", "checkpointing")).generate(**inputs, **options)
     for row, mine in zip(rows, ours, strict=True):
         theirs = peft.generate(**one(row), **options)[0]
         theirs = theirs[len(row) :] if family in CAUSAL else theirs
@@ -182,6 +188,21 @@ def test_prompts_are_swapped_by_name_to_the_bit() -> None:
     fastlora.remove_soft_prompts(model)
     assert_same(model(**inputs).logits, base)
     assert "_prompted" not in repr(type(model).forward) and not hasattr(model, "soft_prompts")
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_model_under_hooks_of_accelerate_reads_its_prompt(family: str) -> None:
+    model, prompt, _ = pair(family)
+    inputs = batch(family)
+    wanted = model(**inputs).logits
+    fastlora.remove_soft_prompts(model)
+    bare = model(**inputs).logits
+    for module in (model, model.get_encoder()) if family == "t5" else (model,):
+        add_hook_to_module(module, ModelHook())
+    add_soft_prompt(model, prompt)
+    assert_same(model(**inputs).logits, wanted)
+    fastlora.remove_soft_prompts(model)
+    assert_same(model(**inputs).logits, bare)
 
 
 def test_a_cache_of_one_prompt_is_refused_under_another() -> None:
@@ -411,7 +432,8 @@ def test_trainer_trains_it(how: str, bf16: bool, tmp_path: Path) -> None:
     ids = row[None]
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     assert model(input_ids=ids).logits.shape[1] == P + len(row), "it reads its prompt after Trainer as before"
-    assert (tmp_path / "checkpoint-8").is_dir()
+    kept = load_file(next((tmp_path / "checkpoint-8").glob("*model.safetensors")))
+    assert any("soft_prompts" in key for key in kept) == (how == "alone"), "PEFT saves its own alone"
 
 
 def test_a_copy_is_a_model_of_its_own() -> None:
