@@ -29,7 +29,7 @@ class Cost:
 
     method: "full", "lora r=8", "prompt 20".   trainable: parameters, as PEFT counts them.   parameters: those and the
     frozen ones.   gradient_bytes, optimizer_bytes: of the trainable ones, AdamW's two fp32 moments.   activation_bytes:
-    what a forward keeps for backward; None where the model's code does not run without values.   file_bytes: tensors
+    what a forward keeps for backward; None where the model does not run on fake tensors.   file_bytes: tensors
     of the file it saves.
     """
 
@@ -84,7 +84,9 @@ class Plan:
             f"AdamW: two fp32 moments. Activations: what a forward of {batch} × {length} tokens and as many labels",
             "keeps for backward beside the weights; SDPA attention, no checkpointing, no autocast, no LoRA dropout.",
         )
-        return "\n".join([head, "", *lines, "", *foot])
+        unknown = "Unknown: the model's forward does not run on fake tensors."
+        said = [unknown] if any(c.activation_bytes is None for c in self.costs) else []
+        return "\n".join([head, "", *lines, "", *foot, *said])
 
 
 def plan(
@@ -119,26 +121,24 @@ def plan_config(
     """As `plan`, from transformers' config itself."""
     with FakeTensorMode():
         model = _built(config)
-        parameters, dtype = list(model.parameters()), model.dtype
+        dtype, base = model.dtype, sum(p.numel() for p in model.parameters())
         trained = torch.promote_types(dtype, torch.float32)  # adapters on a 16-bit base are fp32, as PEFT makes them
-        layers = targeted(model, targets)
-        base, weights = sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
+        layers, width = targeted(model, targets), model.get_input_embeddings().weight.shape[1]
 
-        def cost(method: str, trainable: int, kept: int | None, itemsize: int, added: bool, size: int) -> Cost:
-            total = base + trainable if added else base
-            return Cost(method, trainable, total, trainable * itemsize, trainable * MOMENTS, kept, size)
+        def cost(method: str, trainable: int, frozen: int, dtype: torch.dtype, kept: int | None) -> Cost:
+            size = trainable * dtype.itemsize
+            return Cost(method, trainable, trainable + frozen, size, trainable * MOMENTS, kept, size)
 
-        costs = [cost("full", base, _kept(model, tokens), dtype.itemsize, False, weights)]
+        costs = [cost("full", base, 0, dtype, _kept(model, tokens))]
         model.requires_grad_(False)
         for r in ranks:
-            size = lora_parameters(layers.values(), r)
             with _adapted(model, layers, r, trained) as factors:
                 kept = _kept(model, tokens, factors)
-            costs.append(cost(f"lora r={r}", size, kept, trained.itemsize, True, size * trained.itemsize))
-        size = prompt_parameters(model, virtual_tokens)
-        prompt = nn.Parameter(torch.empty(virtual_tokens, model.get_input_embeddings().weight.shape[1], dtype=trained))
+            costs.append(cost(f"lora r={r}", lora_parameters(layers.values(), r), base, trained, kept))
+        prompt = nn.Parameter(torch.empty(virtual_tokens, width, dtype=trained))
+        size = prompt_parameters(virtual_tokens, width, config.is_encoder_decoder)
         kept = _kept(model, tokens, [prompt], prompt)
-        costs.append(cost(f"prompt {virtual_tokens}", size, kept, trained.itemsize, True, size * trained.itemsize))
+        costs.append(cost(f"prompt {virtual_tokens}", size, base, trained, kept))
     return Plan(name, str(dtype).removeprefix("torch."), base, layers, tokens, tuple(costs))
 
 
@@ -147,11 +147,9 @@ def lora_parameters(shapes: Iterable[tuple[int, int]], r: int) -> int:
     return sum(r * (K + N) for K, N in shapes)
 
 
-def prompt_parameters(model: nn.Module, virtual_tokens: int) -> int:
-    """Parameters of PEFT's soft prompt. One of a seq2seq model has as many rows again, which no gradient reaches."""
-    hugging: Any = model
-    width: int = hugging.get_input_embeddings().weight.shape[1]
-    return virtual_tokens * width * (2 if hugging.config.is_encoder_decoder else 1)
+def prompt_parameters(virtual_tokens: int, width: int, encoder_decoder: bool) -> int:
+    """Parameters of PEFT's soft prompt. A seq2seq model's has as many rows again, which no gradient reaches."""
+    return virtual_tokens * width * (2 if encoder_decoder else 1)
 
 
 def targeted(model: nn.Module, targets: str | Collection[str]) -> dict[str, tuple[int, int]]:
@@ -246,8 +244,8 @@ def _kept(
             if prompt is not None:
                 embeds = torch.cat([prompt.to(embeds.dtype).expand(len(ids), -1, -1), embeds], 1)
             model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
-    except (NotImplementedError, RuntimeError):
-        return None  # such as a mixture of experts, whose shapes depend on values
+    except RuntimeError:
+        return None  # such as a mixture of experts in fp32, whose grouped matmul has no fake
     return sum(storage.nbytes() for storage in kept.values())
 
 
