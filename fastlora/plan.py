@@ -209,7 +209,7 @@ def _adapted(
     def updating(K: int, N: int) -> Any:
         a, b = (nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in ((r, K), (N, r)))
         factors.extend((a, b))
-        return lambda module, args, y: lora_update(y, args[0], a, b, 1.0)
+        return lambda module, args, y: lora_update(y, args[0], a, b, 1.0, backend="torch")
 
     hooks = [model.get_submodule(name).register_forward_hook(updating(K, N)) for name, (K, N) in layers.items()]
     try:
