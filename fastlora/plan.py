@@ -237,13 +237,13 @@ def _kept(
 
     ids, P = torch.zeros(tokens, dtype=torch.long), 0 if prompt is None else len(prompt)
     mask = torch.ones(tokens[0], tokens[1] + P, dtype=torch.long)
-    labels = ids if model.config.is_encoder_decoder else mask
+    written = {"decoder_input_ids": ids, "labels": ids} if model.config.is_encoder_decoder else {"labels": mask}
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             embeds = model.get_input_embeddings()(ids)
             if prompt is not None:
                 embeds = torch.cat([prompt.to(embeds.dtype).expand(len(ids), -1, -1), embeds], 1)
-            model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
+            model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **written)
     except RuntimeError:
         return None  # such as a mixture of experts in fp32, whose grouped matmul has no fake
     return sum(storage.nbytes() for storage in kept.values())

@@ -23,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 FLAN_T5_BASE: dict[str, Any] = dict(
     vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_layers=12, num_decoder_layers=12, num_heads=12,
-    feed_forward_proj="gated-gelu", tie_word_embeddings=False, decoder_start_token_id=0,
+    feed_forward_proj="gated-gelu", tie_word_embeddings=False,
 )  # fmt: skip
 FAMILIES = ("llama", "t5", "gpt2")
 BATCH, LENGTH, TOKENS = 2, 16, 5
