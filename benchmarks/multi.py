@@ -33,6 +33,8 @@ MOST_OF_PEFT = 64
 
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LAYERS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+TARGETS = {"qv": ("self_attn.q_proj", "self_attn.v_proj"), "all": LAYERS}
+"""What an adapter adapts: PEFT's default for a Llama, or all linear layers."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(32, 48, 1, 4, 2, 64, 4, 3),
-    "cpu": Size(512, 1536, 4, 8, 4, 2000, 32, 16),
+    "cpu": Size(512, 1376, 4, 8, 8, 32000, 32, 16),
     "gpu": Size(4096, 14336, 2, 32, 8, 2000, 64, 128),
 }
 
@@ -65,14 +67,14 @@ class Case:
     ranks: tuple[int, ...] = (16,)
     spread: str = "distinct"
     base: int = 0
+    target: str = "all"
 
     @property
     def name(self) -> str:
         s, ranks = self.size, "/".join(map(str, self.ranks))
         rows = f" 1 in {self.base} base" if self.base else ""
-        return (
-            f"llama {s.layers}x{s.hidden} batch {s.requests}x{self.tokens} {self.spread} {self.adapters} r{ranks}{rows}"
-        )
+        load = f"batch {s.requests}x{self.tokens} {self.spread} {self.adapters}"
+        return f"llama {s.layers}x{s.hidden} {load} r{ranks} {self.target}{rows}"
 
     def slots(self) -> list[int]:
         """Which adapter each request has, −1 for none; the same each time."""
@@ -94,7 +96,7 @@ def cases(bench: Bench) -> list[Case]:
     B, T, dtype = size.requests, size.prefill, "bf16" if bench.set_name == "gpu" else "fp32"
     if bench.set_name == "tiny":
         return [Case(size, dtype, T, 3, (2, 4), "distinct", 3)]
-    found = [Case(size, dtype, tokens, B) for tokens in (1, T)]
+    found = [Case(size, dtype, tokens, B, target=target) for target in TARGETS for tokens in (1, T)]
     found += [Case(size, dtype, tokens, 1, spread="identical") for tokens in (1, T)]
     found += [Case(size, dtype, 1, B, (8, 16, 32, 64)), Case(size, dtype, 1, B, base=2)]
     found += [Case(size, dtype, 1, G, spread="uniform") for G in (2, 8, 128, 512)]
@@ -162,10 +164,13 @@ def _state(case: Case, index: int, device: torch.device) -> tuple[dict[str, Any]
     s, R = case.size, case.ranks[index % len(case.ranks)]
     kv = s.hidden // s.heads * s.kv_heads
     outs = dict(zip(LAYERS, (s.hidden, kv, kv, s.hidden, s.mlp, s.mlp, s.hidden), strict=True))
-    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear", task_type="CAUSAL_LM")
+    wanted = TARGETS[case.target]
+    suffixes = [name.rpartition(".")[2] for name in wanted]
+    config = LoraConfig(r=R, lora_alpha=2 * R, target_modules=suffixes, task_type="CAUSAL_LM")
     state = {}
     for layer in range(s.layers):
-        for name, N in outs.items():
+        for name in wanted:
+            N = outs[name]
             K = s.mlp if "down" in name else s.hidden
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             for part, shape in (("lora_A", (R, K)), ("lora_B", (N, R))):
@@ -236,7 +241,7 @@ def _gathered(model: nn.Module, states: States, case: Case) -> Run:
     served, widest = _twin(model), max(case.ranks)
     slots = torch.tensor([slot % (case.adapters + 1) for slot in case.slots()], device=model.device)
     for name, layer in list(served.named_modules()):
-        if not name.endswith(LAYERS):
+        if not name.endswith(TARGETS[case.target]):
             continue
         key = f"base_model.model.{name}."
         a, b = (
