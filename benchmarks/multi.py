@@ -70,7 +70,9 @@ class Case:
     def name(self) -> str:
         s, ranks = self.size, "/".join(map(str, self.ranks))
         rows = f" 1 in {self.base} base" if self.base else ""
-        return f"llama {s.layers}x{s.hidden} batch {s.requests}x{self.tokens} {self.spread} r{ranks}{rows}"
+        return (
+            f"llama {s.layers}x{s.hidden} batch {s.requests}x{self.tokens} {self.spread} {self.adapters} r{ranks}{rows}"
+        )
 
     def slots(self) -> list[int]:
         """Which adapter each request has, −1 for none; the same each time."""

@@ -20,6 +20,7 @@ COLOURS = {
     "lorafusion-style": "#56b4e9",
 }
 """Told apart by most colour-blind eyes (Okabe and Ito); others take the rest of the wheel."""
+ROWS = "M, rows"
 OTHERS = ("#8c564b", "#000000", "#b2df8a")
 
 
@@ -38,11 +39,12 @@ def _mix(record: Record) -> str:
     return record.dtype if record.dtype == record.adapter_dtype else f"{record.dtype} + {record.adapter_dtype}"
 
 
-def _panels(records: list[Record]) -> dict[str, list[Record]]:
-    """One panel for each pass, dtype mix and dropout."""
+def _panels(records: list[Record], by_rows: bool) -> dict[str, list[Record]]:
+    """One panel for each pass, dtype mix and dropout, and for each number of rows where those are not the axis."""
     panels: dict[str, list[Record]] = {}
     for record in records:
-        panels.setdefault(f"{record.pass_}, {_mix(record)}, p = {record.p:g}", []).append(record)
+        rows = "" if by_rows else f", M = {record.M}"
+        panels.setdefault(f"{record.pass_}, {_mix(record)}, p = {record.p:g}{rows}", []).append(record)
     return panels
 
 
@@ -56,13 +58,13 @@ def _lines(
     """A panel for each pass and dtype; a line an implementation, the median over what else differs."""
     from matplotlib.figure import Figure
 
-    panels = {name: of for name, of in _panels(records).items() if len({x(record) for record in of}) > 1}
+    panels = {name: of for name, of in _panels(records, labels[0] == ROWS).items() if len({x(r) for r in of}) > 1}
     if not panels:
         return None
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.6 * columns, 3.3 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    axes = figure.subplots(rows, columns, squeeze=False)
     names = _ordered(records)
     colours = _colours(names)
     for axis, (title, of) in zip(axes.flat, panels.items(), strict=False):
@@ -91,7 +93,7 @@ def _lines(
 def _roofline(path: Path, records: list[Record]) -> Path | None:
     """Time over the least time the machine allows, by rows: 1 is the roof."""
     known = [record for record in records if record.roof_fraction and record.M]
-    return _lines(path, known, lambda r: r.M, lambda r: r.roof_fraction or 0, ("M, rows", "share of the roof"))
+    return _lines(path, known, lambda r: r.M, lambda r: r.roof_fraction or 0, (ROWS, "share of the roof"))
 
 
 def _compared(records: list[Record]) -> list[Record]:
@@ -112,12 +114,16 @@ def draw(run: Results, folder: Path) -> list[Path]:
     by_rows = [record for record in layers if record.R in usual and record.M]
     with_peak = [record for record in records if record.peak_mb is not None and record.M]
     drawn: list[Any] = [
-        _lines(folder / f"{suite}-rows.png", by_rows, lambda r: r.M, ratio, ("M, rows", label)),
+        _lines(folder / f"{suite}-rows.png", by_rows, lambda r: r.M, ratio, (ROWS, label)),
         _lines(folder / f"{suite}-rank.png", layers, lambda r: r.R, ratio, ("R, rank", label)),
-        _lines(folder / f"{suite}-adapters.png", layers, lambda r: r.G, ratio, ("G, adapters", label)),
         _lines(
-            folder / f"{suite}-memory.png", with_peak, lambda r: r.M, lambda r: r.peak_mb or 0, ("M, rows", "peak, MiB")
+            folder / f"{suite}-adapters.png",
+            [r for r in layers if r.R in usual],
+            lambda r: r.G,
+            ratio,
+            ("G, adapters", label),
         ),
+        _lines(folder / f"{suite}-memory.png", with_peak, lambda r: r.M, lambda r: r.peak_mb or 0, (ROWS, "peak, MiB")),
         _roofline(folder / f"{suite}-roof.png", records),
     ]
     return [path for path in drawn if path is not None]

@@ -27,6 +27,10 @@ TARGETS = {  # beside PEFT on a CPU: of which records, median, worst   (issue "T
 }
 
 
+MIXED = {"llama 4x512 batch 32x1 distinct 32 r16": 1.35, "llama 4x512 batch 32x16 distinct 32 r16": 1.2}
+"""The most that fastlora may take, over the frozen model's time."""
+
+
 def ratios(records: list[Record], of: str, to: str) -> dict[Record, float]:
     """Time of `of` over time of `to`, for each case that both ran."""
     others = {(r.suite, r.case, r.pass_): r.median_ms for r in records if r.impl == to}
@@ -83,6 +87,28 @@ def overhead_table(records: list[Record]) -> str:
     return _table(["case", "pass", *(f"{name}, µs" for name in names)], rows)
 
 
+def case_table(records: list[Record]) -> str:
+    """A line a case: the frozen model's time, and every implementation's ratio to it."""
+    names = [name for name in dict.fromkeys(r.impl for r in records) if name != "frozen"]
+    rows = []
+    for case in dict.fromkeys(r.case for r in records):
+        of = {r.impl: r for r in records if r.case == case}
+        cells = [f"{of[name].ratio_to_frozen:.2f}" if name in of else "–" for name in names]
+        rows.append([case, f"{of['frozen'].median_ms:.2f}", *cells])
+    return _table(["case", "frozen, ms", *(f"{name} / frozen" for name in names)], rows)
+
+
+def mixed_verdicts(records: list[Record]) -> str:
+    """The targets of a mixed batch of 32 distinct adapters on a CPU   (issue "Many tenants in one batch", §5)."""
+    lines = []
+    for case, most in MIXED.items():
+        for ratio in (r.ratio_to_frozen for r in records if r.impl == "fastlora" and r.case == case):
+            assert ratio is not None
+            held = "reached" if ratio <= most + 0.005 else "not reached"
+            lines.append(f"- {case}: ≤ {most:.2f} of the frozen model: {ratio:.2f}, {held}")
+    return "\n".join(lines)
+
+
 def verdicts(records: list[Record]) -> str:
     """Each target for a CPU, and whether this run reached it."""
     found = ratios(records, "fastlora", "peft")
@@ -114,6 +140,8 @@ def section(run: Results, pictures: list[str]) -> str:
     parts = [f"### {run.stamp['suite']}", _stamp(run.stamp)]
     if run.stamp["suite"] == "overhead":
         parts.append(overhead_table(run.records))
+    elif run.stamp["suite"] == "multi":
+        parts += [case_table(run.records), mixed_verdicts(run.records)]
     else:
         parts += [suite_table(run.records), beside_peft(run.records)]
         if run.stamp["kind"] == "cpu":

@@ -3,6 +3,7 @@
     model = get_peft_model(model, LoraConfig(...))
     print(fastlora.patch(model))                       # and train as before
 
+Virtual tokens before the input, alone or with LoRA: `fastlora.SoftPrompt`, `fastlora.add_soft_prompt`.
 Many adapters in one batch: `fastlora.AdapterBank`.
 Without PEFT: `fastlora.LoRALinear`, or `fastlora.functional.lora_linear` on bare tensors.
 """
@@ -15,6 +16,8 @@ from fastlora import functional, reference
 from fastlora.dispatch import Decision, explain
 from fastlora.modules import LoRALinear
 from fastlora.multi import MultiLoRALinear
+from fastlora.prepend import add_soft_prompt, load_soft_prompt, remove_soft_prompts, set_soft_prompt
+from fastlora.soft import SoftPrompt
 from fastlora.warm import warmup
 
 if TYPE_CHECKING:
@@ -29,11 +32,16 @@ __all__ = [
     "LoRALinear",
     "MultiLoRALinear",
     "PatchReport",
+    "SoftPrompt",
+    "add_soft_prompt",
     "explain",
     "functional",
+    "load_soft_prompt",
     "patch",
     "reference",
     "register",
+    "remove_soft_prompts",
+    "set_soft_prompt",
     "unpatch",
     "warmup",
 ]

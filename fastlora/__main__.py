@@ -1,5 +1,7 @@
 """python -m fastlora info [--json]: versions, device, what each op resolves to and why, and a self-check.
 
+python -m fastlora plan --model DIR_OR_ID: what training it whole, with LoRA and with a soft prompt would take.
+
 python -m fastlora bench …: the same as python -m benchmarks …, from a checkout.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastlora import __version__, dispatch, functional, ops, reference
+from fastlora import __version__, dispatch, functional, ops, plan, reference
 
 _PACKAGES = ("torch", "triton", "transformers", "peft")
 _SHAPES = {"one token": (1, 4096, 4096, 16), "training": (8192, 4096, 4096, 16), "narrow": (8192, 256, 1024, 16)}
@@ -113,18 +115,44 @@ def _bench(arguments: list[str]) -> int:
     return code
 
 
+def _batch(text: str) -> tuple[int, int]:
+    """ "4x512" -> (4, 512), and "512" -> (1, 512)."""
+    rows, _, length = text.rpartition("x")
+    return int(rows or 1), int(length)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    targets = args.target if args.target == "all-linear" else args.target.split(",")
+    try:
+        planned = plan.plan(args.model, args.r, targets, args.virtual_tokens, args.tokens)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(planned.to_dict(), indent=2) if args.json else planned)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments[:1] == ["bench"]:  # its own parser takes the rest, --help too
         return _bench(arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m fastlora", description="fastlora: what it is running on, and how fast"
+        prog="python -m fastlora", description="fastlora: what it runs on, what training takes, and how fast it is"
     )
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("info", help="versions, device, the path of each op and why, a self-check")
     show.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    costs = commands.add_parser("plan", help="parameters and bytes of training a model, from its config alone")
+    costs.add_argument("--model", required=True, help="a folder with a config.json, or an id in the local cache")
+    costs.add_argument("--r", type=int, nargs="+", default=[8, 16, 32], help="ranks of LoRA (default: 8 16 32)")
+    costs.add_argument("--target", default="all-linear", help="endings of layers' names, as q,v (default: all-linear)")
+    costs.add_argument("--virtual-tokens", type=int, default=20, help="of the soft prompt (default: 20)")
+    costs.add_argument("--tokens", type=_batch, default=(1, 512), help="batch, rows x tokens (default: 1x512)")
+    costs.add_argument("--json", action="store_true", help="one JSON object on stdout")
     commands.add_parser("bench", help="time the kernels beside their peers, from a checkout; see bench --help")
     args = parser.parse_args(arguments)
+    if args.command == "plan":
+        return _plan(args)
     try:
         facts = info()
     except RuntimeError as error:  # the kernels were demanded where they cannot run

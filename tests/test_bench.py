@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from benchmarks import linear as linear_suite
 from benchmarks.__main__ import main
 from benchmarks.baselines import peft_style
 from benchmarks.clock import Entry
+from benchmarks.contest import Bench
 from benchmarks.gate import Gate, Operands, Refused
 from benchmarks.shapes import SHAPES, cases
 from fastlora import __main__ as front
@@ -269,3 +271,20 @@ def test_a_machine_without_peft(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step: needs peft, skipped" in done.stderr and not (tmp_path / "step.json").exists()
     assert {"peft-style", "fastlora"} <= {r.impl for r in records.read(tmp_path / "linear.json").records}
+
+
+@pytest.mark.parametrize("suite", ["linear", "step", "multi", "overhead"])
+def test_a_case_has_a_name_of_its_own(suite: str) -> None:
+    """compare finds a record by its suite, case, pass and implementation."""
+    module = importlib.import_module(f"benchmarks.{suite}")
+    for name in ("tiny", "cpu", "gpu"):
+        bench = Bench(machine=None, impls={}, rounds=1, set_name=name)  # type: ignore[arg-type]
+        names = [(case.name, getattr(case, "passes", None)) for case in module.cases(bench)]
+        assert len(set(names)) == len(names)
+
+
+def test_many_adapters_pass_the_gate_and_are_timed(tmp_path: Path) -> None:
+    assert bench(tmp_path, "multi") == 0
+    found = records.read(tmp_path / "multi.json").records
+    assert {r.impl for r in found} == {"frozen", "peft", "vllm-style", "fastlora"} and {r.G for r in found} == {3}
+    assert all(r.rel_error is not None and r.rel_error < 1e-5 for r in found if r.impl != "frozen")
