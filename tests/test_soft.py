@@ -11,8 +11,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from models import VOCABULARY, lora_config
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from prompted import CAUSAL, FAMILIES, one, padded, rows_of, small, with_prompt
 from safetensors.torch import load_file
+from tenants import CAUSAL, FAMILIES, one, padded, rows_of, small, with_prompt
 from tolerance import assert_all_close, assert_same, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
