@@ -119,8 +119,10 @@ class Stacks:
     """A group's factors by request: a: [B, members·width, K]; bs: [B, width, N], scaled; biases: [B, 1, N] or None.
 
     rows: the requests that have an adapter, None for all.   B is 1 where all of them have the same one.
+    live: the members that some adapter of the batch adapts; the others have no part in a, bs and biases.
     """
 
+    live: list[int]
     rows: Tensor | None
     a: Tensor
     bs: list[Tensor]
@@ -229,7 +231,9 @@ class Group:
         first = self.tables.start[picked].long()[:, None]
         step = torch.arange(batch.width, device=device)
         a_rows, bs, biases = [], [], []
-        for member, b_pool in enumerate(self.b_pools):
+        live = [i for i, ranks in enumerate(self.ranks) if any(ranks[slot] for slot in slots)]
+        for member in live:
+            b_pool = self.b_pools[member]
             rank = self.rank[member, picked][:, None]
             index = torch.where(step < rank, first + step, self.tables.rows)
             a_rows.append(self.a_pool[member][index])
@@ -239,7 +243,7 @@ class Group:
             biased = self.biased[member, picked][:, None] != 0
             at = torch.where(biased, first + rank, self.tables.rows)
             biases.append(b_pool[at] * scaling if bool(biased.any()) else None)
-        return Stacks(rows, torch.cat(a_rows, 1), bs, biases)
+        return Stacks(live, rows, torch.cat(a_rows, 1) if live else self.a_pool[0, :0], bs, biases)
 
     def run(self, member: int, x: Tensor, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The member's output for x; the others', made in the same launches, wait for their call with the same x."""
@@ -303,9 +307,13 @@ class Group:
             if batch.width == 0:
                 return
             stacks = batch.stacks(self)
-            a = stacks.a if whole else stacks.a[:, members[0] * batch.width : (members[0] + 1) * batch.width]
-            bs, biases = [stacks.bs[i] for i in members], [stacks.biases[i] for i in members]
-            eager.multi_update_(ys, x, len(batch.slots), stacks.rows, a, bs, biases)
+            mine = [k for k, i in enumerate(stacks.live) if i in members]
+            if mine:
+                every, first = len(mine) == len(stacks.live), mine[0] * batch.width
+                a = stacks.a if every else stacks.a[:, first : first + batch.width]
+                bs, biases = [stacks.bs[k] for k in mine], [stacks.biases[k] for k in mine]
+                ys = [ys[members.index(stacks.live[k])] for k in mine]
+                eager.multi_update_(ys, x, len(batch.slots), stacks.rows, a, bs, biases)
             return
         pick = slice(None) if whole else slice(members[0], members[0] + 1)
         routes = batch.routes(x)

@@ -457,3 +457,19 @@ def test_target_modules() -> None:
         AdapterBank(base_model(), target_modules=["nobody"])
     with pytest.raises(TypeError, match="PROMPT_TUNING"):
         AdapterBank(prompter(base_model(), 3))
+
+
+def test_layers_that_no_adapter_of_the_batch_adapts_cost_nothing() -> None:
+    """On q and v alone: one shrink a decoder layer, and an expand each for q and v; k, o and the MLP are the base's."""
+    base = base_model(layers=2)
+    models = {None: base, "a": tenant(base, target_modules=["q_proj", "v_proj"])}
+    bank, inputs = bank_with({**models, "b": tenant(base, target_modules=["q_proj"])}), batch(rows=2, length=3)
+    with bank.use(["a", "b"]):
+        served = logits(model_of(bank), inputs)
+        with Recorded() as recorded:
+            logits(model_of(bank), inputs)
+    counts = [recorded.names.count(f"aten::{name}") for name in ("bmm", "baddbmm_")]
+    assert counts == [2, 4], counts
+    assert relative_error(served[0], logits(models["a"], rows(inputs, 0))[0].double()) < 16 * one_rounding(
+        torch.float32
+    )
