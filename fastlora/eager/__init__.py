@@ -1,0 +1,22 @@
+"""The torch backend: every op in plain PyTorch operators, arranged for a CPU.
+
+What it saves over PEFT's formulation: the low-rank term lands in the base output in place (no M×N intermediate),
+products with fp32 adapters on a bf16 base run as one bf16 product of split factors, and dropout draws the gaps between
+dropped elements instead of one number an element.
+"""
+
+from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
+from fastlora.eager.linear import FEW_INPUTS, few_rows, lora_backward, lora_linear, lora_update
+from fastlora.eager.multi import multi_update_
+
+__all__ = [
+    "FEW_ELEMENTS",
+    "FEW_INPUTS",
+    "dropped",
+    "few_rows",
+    "holes",
+    "lora_backward",
+    "lora_linear",
+    "lora_update",
+    "multi_update_",
+]

@@ -1,0 +1,6 @@
+"""LoRA on bare tensors: the autograd rules, each written once."""
+
+from fastlora.functional.linear import lora_linear, lora_update
+from fastlora.functional.rules import draw_seed
+
+__all__ = ["draw_seed", "lora_linear", "lora_update"]

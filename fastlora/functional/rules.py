@@ -1,0 +1,75 @@
+"""What every autograd rule shares, and the only place that draws a dropout seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from fastlora import ops
+
+
+def draw_seed(x: Tensor) -> Tensor:
+    """A [] int64 dropout seed from torch's generator of x's device, drawn outside the ops: checkpointing, manual_seed,
+    torch.compile and CUDA-graph replay then see an ordinary random number."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+
+
+def opaque(x: Tensor, backend: str) -> bool:
+    """Whether a call must go through torch.ops.fastlora; for plain CPU tensors its Python body is 10 µs nearer.
+
+    Whoever must see an op gets one: a dispatch mode, or autograd when a second derivative is asked for.
+    """
+    return backend != "torch" or not x.is_cpu or torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+
+
+def face(name: str, x: Tensor, backend: str) -> Any:
+    return getattr(torch.ops.fastlora if opaque(x, backend) else ops, name)
+
+
+def fold(scaling: float | Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[float, Tensor, Tensor | None]:
+    """A scaling held in a tensor (PEFT's compiled hotswap) moves into b in fp32: no sync, no recompile, no rounding."""
+    if not isinstance(scaling, Tensor):
+        return float(scaling), b, lora_bias
+    wide = torch.promote_types(b.dtype, torch.float32)
+    return 1.0, b.to(wide) * scaling, None if lora_bias is None else lora_bias.to(wide) * scaling
+
+
+def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """scale·Σ_m dy[m], summed in fp32: the gradient of a bias."""
+    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    return (dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide) * scale).to(dtype)
+
+
+def standalone(name: str, setup: Any, backward: Any) -> None:
+    """Give the op itself the same rule, so that torch.ops.fastlora.* differentiates (and compiles) on its own."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        setup(ctx, inputs, output)
+
+    torch.library.register_autograd(name, lambda ctx, dy, _: backward(ctx, dy), setup_context=setup_context)
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError(
+        "fastlora: a second derivative was asked for (create_graph=True), and the fused backward has none; "
+        "fastlora.reference.lora_linear can be differentiated any number of times"
+    )
+
+
+class _Once(torch.autograd.Function):
+    """dy as it is, behind a node that refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, anchor: Tensor) -> Tensor:
+        return dy.view_as(dy)
+
+    backward = staticmethod(no_second_derivative)
+
+
+def once(dy: Tensor) -> Tensor | None:
+    """A hook before the backward of `few_rows`: like every other path, it has no second derivative."""
+    return _Once.apply(dy, dy.new_zeros((), requires_grad=True)) if torch.is_grad_enabled() else None

@@ -1,0 +1,22 @@
+"""torch.ops.fastlora.*: what a layer does forward and backward as opaque ops, on Triton or on torch.
+
+Every op takes `backend`: "torch", or for the kernels "triton" (the table picks the strategy), "fused" or "split"
+(forced). Dropout is on when a `seed` is given. Leading dimensions of x are rows.
+"""
+
+from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
+from fastlora.ops.linear import few_rows, gradients, lora_backward, lora_linear, lora_update
+from fastlora.ops.multi import multi_linear, multi_update_
+
+__all__ = [
+    "TRITON_DTYPES",
+    "few_rows",
+    "gradients",
+    "kernels",
+    "lora_backward",
+    "lora_linear",
+    "lora_update",
+    "multi_linear",
+    "multi_update_",
+    "triton_unavailable",
+]

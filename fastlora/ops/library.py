@@ -1,0 +1,48 @@
+"""What every op stands on: the kernels where Triton is, and the library that the ops are defined in.
+
+The only importer of fastlora_kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+kernels: Any = None
+if importlib.util.find_spec("triton") is not None:  # Linux only; the torch backend serves elsewhere
+    import fastlora_kernels as kernels
+
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+lib = torch.library.Library("fastlora", "DEF")
+
+
+def triton_unavailable(x: Tensor) -> str | None:
+    """Why the Triton kernels cannot run on x; None when they can."""
+    if kernels is None:
+        return "triton is not installed"
+    if x.dtype not in TRITON_DTYPES:
+        return f"the kernels take bf16, fp16 and fp32, not {x.dtype}"
+    if x.device.type == "cuda" and not kernels.INTERPRET:
+        return None
+    if x.device.type == "cpu" and kernels.INTERPRET:
+        return None
+    return f"there is no Triton driver for device type {x.device.type!r}"
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """[..., K] → [M, K], a view wherever the strides allow."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def plain(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off: the operands already have the dtypes they are to be multiplied in."""
+    device = "cpu" if x.is_cpu else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
