@@ -112,7 +112,7 @@ def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(20, 24)
     assert "backend='triton' is asked for" in dispatch.decide(x, 40, 4).why
     assert dispatch.decide(x, 40, 4, "torch").why == "backend='torch' was asked for"
-    monkeypatch.setattr(ops, "kernels", None)
+    monkeypatch.setattr(ops.library, "kernels", None)
     assert dispatch.decide(x, 40, 4).why == "triton is not installed"
     monkeypatch.undo()
     decision = dispatch.decide(x, 40, 4, "triton")
