@@ -42,7 +42,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
 }
 HEAVY = {"peft", "transformers", "bitsandbytes", "torchao"}
 HEAVY_IN = {"peft": HEAVY, "plan": {"transformers"}}
-"""Who may import them: peft.py, and plan.py, which builds a model from its config, inside its functions."""
+"""Who may import them: the package peft, and plan.py, which builds a model from its config, inside its functions."""
 
 
 def imported(path: Path) -> set[str]:
@@ -70,7 +70,7 @@ def test_imports_run_one_way(path: Path) -> None:
     roots = {name.split(".")[0] for name in names}
     if (place(path), path.stem) != ("ops", "library"):
         assert "fastlora_kernels" not in roots, "ops/library.py is the only importer of the kernels"
-    assert roots & HEAVY <= HEAVY_IN.get(place(path), set()), "peft.py is the only importer of peft and transformers"
+    assert roots & HEAVY <= HEAVY_IN.get(place(path), set()), "the package peft is the only importer of them"
     assert "kernels" not in roots
 
 

@@ -1,0 +1,113 @@
+"""patch, unpatch, register: the LoRA layers of a PEFT model run fastlora's ops, in place.
+
+A patched layer is PEFT's own object under a subclass of its own class: parameters, state-dict keys, merging, adapters
+and configs stay PEFT's. Only `forward` is ours, and where it does not apply PEFT's runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastlora.dispatch import env
+from fastlora.peft.judge import LIBRARY, path_of, why_not
+from fastlora.peft.layers import FUSED, PEFT
+
+Config = TypeVar("Config", bound=lora.LoraConfig)
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did: patched[name] = path, skipped[name] = reason.   str() is a table, layers of one kind a row.
+
+    A skipped layer that is skipped for its state (merged, hooked) is fused again as soon as the state has cleared.
+    """
+
+    patched: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        entries = {**self.patched, **{name: f"PEFT's forward: {reason}" for name, reason in self.skipped.items()}}
+        rows = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), path) for name, path in entries.items())
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"{name:<{width}}  ×{count:<4} {path}" for (name, path), count in rows.items()]
+        return "\n".join([f"fastlora runs {len(self.patched)} of {len(entries)} LoRA layers", *lines])
+
+
+def _lora_layers(model: nn.Module) -> dict[str, Any]:
+    """Every adapter layer of the model by name.   Raises TypeError, ValueError when there can be none or is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, wanted a torch.nn.Module with PEFT LoRA layers")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    if not any(isinstance(layer, lora.LoraLayer) for layer in layers.values()):
+        raise ValueError(f"model: {type(model).__name__} has no LoRA layer of PEFT's; call get_peft_model first")
+    return layers
+
+
+def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+    """Let every LoRA layer of a PEFT model that can run fastlora's ops, in place; do it again for layers added later.
+
+    strict: raise RuntimeError, before anything is changed, if any layer would be skipped, and on every later call that
+    would have to fall back to PEFT's forward.   Returns a report that prints as a table.
+    Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
+    """
+    layers, report = _lora_layers(model), PatchReport()
+    for name, layer in layers.items():
+        reason = why_not(layer)
+        if reason is not None:
+            report.skipped[name] = reason
+    if strict and report.skipped and not env.disable:
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in report.skipped.items())
+        raise RuntimeError(f"patch: strict=True, and these layers would run PEFT's own forward:\n{listed}")
+    for name, layer in layers.items():
+        if type(layer) in LIBRARY:
+            _swap(layer, name, strict)
+        if name not in report.skipped:
+            path, why = path_of(layer)
+            report.patched[name] = path if path == "fused" else f"{path} ({why})"
+    return report
+
+
+def _swap(layer: Any, name: str, strict: bool = False) -> None:
+    layer.__class__ = FUSED.get(type(layer), type(layer))
+    layer._name, layer._strict = name, strict
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched layer PEFT's own class back.   Raises as `patch`."""
+    for layer in _lora_layers(model).values():
+        if type(layer) in PEFT:
+            layer.__class__ = PEFT[type(layer)]
+            del layer._name, layer._strict
+
+
+def register(lora_config: Config) -> Config:
+    """Let layers that PEFT makes from this config be patched from birth, whichever adapter is added, whenever.
+
+    Call it before get_peft_model or add_adapter; the registration is not saved with the adapter.
+    Returns lora_config itself.   Raises TypeError when it is not a LoraConfig.
+    """
+    if not isinstance(lora_config, lora.LoraConfig):
+        raise TypeError(f"lora_config: got {type(lora_config).__name__}, wanted a peft.LoraConfig")
+    lora_config._register_custom_module({nn.Linear: _create, Conv1D: _create})  # type: ignore[dict-item]
+    return lora_config
+
+
+def _create(target: nn.Module, adapter_name: str, config: lora.LoraConfig, **kwargs: Any) -> nn.Module:
+    """The layer that PEFT would make of target (quantised, sharded, …) without our registration, patched if we can."""
+    ours = config._custom_modules or {}
+    config._custom_modules = {base: make for base, make in ours.items() if make is not _create}
+    try:
+        layer = lora.LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    finally:
+        config._custom_modules = ours
+    if type(layer) in FUSED:
+        _swap(layer, kwargs.get("target_name", ""))
+    return layer
