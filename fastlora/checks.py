@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,37 @@ def check_linear(
         raise TypeError(f"x: got dtype {x.dtype}, wanted weight's {weight.dtype} (autocast is off)")
     _shape("bias", bias, (N,), "[N], N the first dimension of weight")
     _adapter(K, N, lora_A, lora_B, lora_bias)
+    return autocast
+
+
+def check_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float | Tensor],
+    ps: Sequence[float],
+    lora_biases: Sequence[Tensor | None],
+) -> torch.dtype | None:
+    """As `check_linear` for every member, those without lora_A and lora_B being plain layers; lists of one length."""
+    lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
+    for name, entries in {**lists, "dropout_p": ps, "lora_biases": lora_biases}.items():
+        if len(entries) != len(weights):
+            raise ValueError(f"{name}: got {len(entries)} entries, wanted {len(weights)}, one for each of weights")
+    if not weights:
+        raise ValueError("weights: got an empty list, wanted one [N, K] for each member")
+    autocast: torch.dtype | None = None
+    members = zip(weights, biases, lora_As, lora_Bs, scalings, ps, lora_biases, strict=True)
+    for i, (weight, bias, a, b, scaling, p, lora_bias) in enumerate(members):
+        try:
+            if (a is None) != (b is None):
+                raise ValueError("lora_A and lora_B: got one of them, wanted both, or neither for a plain layer")
+            if a is None or b is None:  # a plain layer: any factors that fit
+                a, b, scaling, p, lora_bias = x.new_empty(1, x.shape[-1]), x.new_empty(len(weight), 1), 1.0, 0.0, None
+            autocast = check_linear(x, weight, bias, a, b, scaling, p, lora_bias)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"member {i}: {error}") from None
     return autocast
 
 

@@ -169,6 +169,48 @@ def lora_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def lora_linear_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor | None],
+    scalings: Sequence[float | Tensor],
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    lora_biases: Sequence[Tensor | None] | None = None,
+    backend: str | None = None,
+    seeds: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """y_i = x·weight_iᵀ + bias_i + scaling_i·(drop_i(x)·lora_A_iᵀ·lora_B_iᵀ + lora_bias_i) for layers that share x.
+
+    Every member as `lora_linear` has it; where lora_A is None, y_i = x·weight_iᵀ + bias_i.   dropout_p: one for all or
+    one each.   seeds: [members] int64, drawn when dropout is on and none are given; every mask is independent.
+    Returns a y: [..., N_i] for each member.
+    """
+    count = len(weights)
+    ps = [dropout_p] * count if isinstance(dropout_p, (int, float)) else list(dropout_p)
+    if training and any(ps) and seeds is None:
+        seeds = torch.randint(-(2**63), 2**63 - 1, (count,), device=x.device, dtype=torch.int64)
+    ys = []
+    for i, (weight, bias, a, b) in enumerate(zip(weights, biases, lora_As, lora_Bs, strict=True)):
+        if a is None or b is None:
+            wide = _wide(x, weight)
+            y = x.to(wide) @ weight.to(wide).t()
+            ys.append((y if bias is None else y + bias.to(wide)).to(x.dtype))
+            continue
+        lora_bias = lora_biases[i] if lora_biases is not None else None
+        seed = seeds[i] if seeds is not None else None
+        ys.append(
+            lora_linear(
+                x, weight, bias, a, b, scalings[i],
+                dropout_p=ps[i], training=training, lora_bias=lora_bias, backend=backend, seed=seed,
+            )
+        )  # fmt: skip
+    return tuple(ys)
+
+
 def multi_shrink(x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, slots: Tensor) -> Tensor:
     """h[row] = x[row]·aᵀ for the adapter of each row, of every layer that shares x; 0 past its rank.
 

@@ -6,6 +6,7 @@ dropped elements instead of one number an element.
 """
 
 from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
+from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.linear import FEW_INPUTS, few_rows, lora_backward, lora_linear, lora_update
 from fastlora.eager.multi import multi_update_
 
@@ -16,6 +17,8 @@ __all__ = [
     "few_rows",
     "holes",
     "lora_backward",
+    "lora_group",
+    "lora_group_backward",
     "lora_linear",
     "lora_update",
     "multi_update_",

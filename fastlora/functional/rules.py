@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastlora import ops
 
 
-def draw_seed(x: Tensor) -> Tensor:
-    """A [] int64 dropout seed from torch's generator of x's device, drawn outside the ops: checkpointing, manual_seed,
-    torch.compile and CUDA-graph replay then see an ordinary random number."""
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+def draw_seed(x: Tensor, *shape: int) -> Tensor:
+    """Int64 dropout seeds, one unless a shape is given, from torch's generator of x's device, drawn outside the ops:
+    checkpointing, manual_seed, torch.compile and CUDA-graph replay then see ordinary random numbers."""
+    return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=x.device)
 
 
 def opaque(x: Tensor, backend: str) -> bool:
@@ -44,9 +44,12 @@ def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 
 def standalone(name: str, setup: Any, backward: Any) -> None:
-    """Give the op itself the same rule, so that torch.ops.fastlora.* differentiates (and compiles) on its own."""
+    """Give the op itself the same rule, so that torch.ops.fastlora.* differentiates (and compiles) on its own.
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    The op returns what `backward` has the gradient of, and h.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         setup(ctx, inputs, output)
 
