@@ -116,7 +116,7 @@ class Attached:
             raise ValueError(f"model: got layers on {sorted(map(str, devices))}, wanted all on one device")
         self.device = devices.pop()
         self.tables = Tables.empty(slots, rows, self.device)
-        together = groups.siblings(self.base, {name: place.layer for name, place in names.items()}, multi.TOGETHER)
+        together, _ = groups.siblings(self.base, {name: place.layer for name, place in names.items()}, multi.TOGETHER)
         self.layers: dict[str, MultiLoRALinear] = {}
         for name, place in names.items():
             self.layers[name] = MultiLoRALinear(place.base, *self.target.layers[name]).train(place.base.training)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,53 +15,90 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 log = logging.getLogger("fastlora")
 
 
-def siblings(model: nn.Module, layers: dict[str, nn.Module], together: int) -> list[list[str]]:
+def siblings(
+    model: nn.Module, layers: Mapping[str, nn.Module], together: int, inputs: dict[str, Any] | None = None
+) -> tuple[list[list[str]], str | None]:
     """The names of `layers`, grouped: those called one after another with the same tensor, at most `together` of them.
 
-    model: a Hugging Face model.   A model that cannot be traced leaves every layer by itself, and the log says why.
+    inputs: what to call the model with; None guesses: a Hugging Face model's ids, or for each argument that the model
+    cannot do without a float tensor as wide as the first layer.
+    Returns the groups, every layer in one, and why the model could not be traced; then each layer is by itself.
     """
-    calls: list[tuple[str, Tensor]] = []
+    calls: list[_Call] = []
+
+    def note(name: str, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            calls.append(_Call(name, args[0], args[0]._version))
+
     handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
-        for name, layer in layers.items()
+        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
     ]
+    guesses = [inputs] if inputs is not None else _guesses(model, layers)
+    reason = None
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            model(**_inputs(model))
-    except Exception as error:  # a model may do anything with a tensor that has no data
-        log.info("fastlora: layers stay ungrouped: %s: %s", type(error).__name__, str(error).split("\n")[0])
-        calls.clear()
+        for guess in guesses:
+            calls.clear()
+            reason = _trace(model, guess)
+            if reason is None:
+                break
     finally:
         for handle in handles:
             handle.remove()
-    groups = list(_runs(calls, layers, together))
+    if reason is not None:
+        log.info("fastlora: layers stay ungrouped: %s", reason)
+        calls.clear()
+    groups = list(_runs(calls, together))
     seen = {name for group in groups for name in group}
-    return groups + [[name] for name in layers if name not in seen]
+    return groups + [[name] for name in layers if name not in seen], reason
 
 
-def _inputs(model: Any) -> dict[str, Tensor]:
-    ids = torch.zeros((1, 4), dtype=torch.int64, device=getattr(model, "device", None))
-    config = getattr(model, "config", None)
-    return (
-        {"input_ids": ids, "decoder_input_ids": ids}
-        if getattr(config, "is_encoder_decoder", False)
-        else {"input_ids": ids}
-    )
+class _Call(NamedTuple):
+    name: str
+    x: Tensor
+    version: int
 
 
-def _runs(calls: list[tuple[str, Tensor]], layers: dict[str, nn.Module], together: int) -> Iterable[list[str]]:
-    """Maximal runs of calls with one tensor.   A layer called more than once, or with layers of its own now and other
-    layers then, stays by itself."""
-    often = [name for name, _ in calls]
-    run: list[str] = []
-    held: Tensor | None = None
-    for name, x in calls:
-        alone = often.count(name) > 1
-        if run and (x is not held or alone or len(run) == together):
-            yield run
+def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Run the model once on tensors without storage.   Returns why that failed."""
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            model(**inputs)
+    except Exception as error:  # a model may do anything with a tensor that has no data
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return None
+
+
+def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    first = next(model.parameters(), torch.empty(0))
+    ids = torch.zeros((1, 4), dtype=torch.int64, device=first.device)
+    if not isinstance(getattr(model, "config", {}), dict):  # which PEFT gives a model that has none
+        decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+        return [{"input_ids": ids, **decoder}]
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    needed = [
+        name
+        for name, parameter in inspect.signature(whole.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind is not parameter.VAR_KEYWORD
+        and parameter.kind is not parameter.VAR_POSITIONAL
+    ]
+    width = next((layer.in_features for layer in layers.values() if hasattr(layer, "in_features")), 1)
+    x = torch.zeros((1, 4, width), dtype=first.dtype, device=first.device)
+    return [dict.fromkeys(needed, x), dict.fromkeys(needed, ids)]
+
+
+def _runs(calls: list[_Call], together: int) -> Iterable[list[str]]:
+    """Maximal runs of calls with one tensor as it was.   A layer called more than once, or with layers of its own now
+    and other layers then, stays by itself."""
+    often = Counter(call.name for call in calls)
+    run: list[_Call] = []
+    for call in calls:
+        alone = often[call.name] > 1
+        same = bool(run) and call.x is run[0].x and call.version == run[0].version
+        if run and (not same or alone or len(run) == together):
+            yield [member.name for member in run]
             run = []
-        if alone:
-            continue
-        run, held = [*run, name], x
+        if not alone:
+            run.append(call)
     if run:
-        yield run
+        yield [member.name for member in run]

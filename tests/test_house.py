@@ -35,7 +35,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
     "standing": {"dispatch", "multi", "ops"},
     "bank": {"adapters", "attach", "multi", "pools", "prompts", "standing", "storage"},
     "warm": {"dispatch"},
-    "peft": {"functional", "dispatch", "modules"},
+    "peft": {"functional", "dispatch", "groups", "modules", "ops"},
     "plan": {"adapters", "functional"},
     "__main__": {"dispatch", "functional", "ops", "plan", "reference"},
     "__init__": {"functional", "reference", "dispatch", "modules", "multi", "prepend", "soft", "warm", "peft", "bank"},

@@ -1,7 +1,7 @@
 """LoRA on bare tensors: the autograd rules, each written once."""
 
-from fastlora.functional.group import lora_linear_group
+from fastlora.functional.group import lora_linear_group, together
 from fastlora.functional.linear import lora_linear, lora_update
 from fastlora.functional.rules import draw_seed
 
-__all__ = ["draw_seed", "lora_linear", "lora_linear_group", "lora_update"]
+__all__ = ["draw_seed", "lora_linear", "lora_linear_group", "lora_update", "together"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 from fastlora.peft.judge import LIBRARY, judge_call, own, path_of
+from fastlora.peft.siblings import Siblings
 
 
 class _Fused(nn.Module):
@@ -24,6 +25,8 @@ class _Fused(nn.Module):
 
     _name = ""  # where it sits in the model, for messages
     _strict = False
+    _siblings: Siblings | None = None  # the layers that are called with the same tensor
+    _index = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, y = base(x) + Σ scaling·(drop(x)·lora_Aᵀ·lora_Bᵀ + lora_bias) over the active adapters.
@@ -38,6 +41,10 @@ class _Fused(nn.Module):
                 dispatch.fell_back(self._name or type(self).__name__, plan, self._strict)
             return super().forward(x, *args, **kwargs)
         base, weight, adapters = plan
+        if self._siblings is not None and weight is not None and len(adapters) <= 1:
+            mine = self._siblings.run(self._index, x, plan)
+            if mine is not None:
+                return mine
         if weight is not None and len(adapters) == 1:
             a, b, scaling, lora_bias, p, training = adapters[0]
             bias = own(base, "bias")
@@ -66,7 +73,9 @@ class _Fused(nn.Module):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         decision = dispatch.decide(x, N, R, dtype=dtype)
         if path == "fused":
-            return decision
+            if self._siblings is None:
+                return decision
+            return replace(decision, why=f"{decision.why}; {self._siblings.explain(self._index, x, plan)}")
         strategy = "split" if decision.strategy else None
         return replace(decision, strategy=strategy, tile=None, why=f"split over {why}; {decision.why}")
 

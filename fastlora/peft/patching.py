@@ -16,9 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastlora import groups, ops
 from fastlora.dispatch import env
 from fastlora.peft.judge import LIBRARY, path_of, why_not
 from fastlora.peft.layers import FUSED, PEFT
+from fastlora.peft.siblings import join, part
 
 Config = TypeVar("Config", bound=lora.LoraConfig)
 
@@ -28,17 +30,33 @@ class PatchReport:
     """What `patch` did: patched[name] = path, skipped[name] = reason.   str() is a table, layers of one kind a row.
 
     A skipped layer that is skipped for its state (merged, hooked) is fused again as soon as the state has cleared.
+    groups: the names of layers that run together, for the model calls them with one tensor.   ungrouped: why no groups
+    could be looked for; None when they were.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+    ungrouped: str | None = None
 
     def __str__(self) -> str:
         entries = {**self.patched, **{name: f"PEFT's forward: {reason}" for name, reason in self.skipped.items()}}
-        rows = Counter((re.sub(r"\.\d+(?=\.|$)", ".*", name), path) for name, path in entries.items())
+        rows = Counter((_kind(name), path) for name, path in entries.items())
+        for group in self.groups:
+            beside = ", ".join(name.split(".")[-1] for name in group[1:])
+            rows[_kind(group[0]), f"one group with {beside}"] += 1
         width = max((len(name) for name, _ in rows), default=0)
         lines = [f"{name:<{width}}  ×{count:<4} {path}" for (name, path), count in rows.items()]
+        if self.ungrouped is not None:
+            lines.append(
+                f"no groups: the model could not be traced ({self.ungrouped}); patch(model, inputs={{…}}) helps"
+            )
         return "\n".join([f"fastlora runs {len(self.patched)} of {len(entries)} LoRA layers", *lines])
+
+
+def _kind(name: str) -> str:
+    """The name with every number in it a star."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def _lora_layers(model: nn.Module) -> dict[str, Any]:
@@ -51,9 +69,11 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False, inputs: dict[str, Any] | None = None) -> PatchReport:
     """Let every LoRA layer of a PEFT model that can run fastlora's ops, in place; do it again for layers added later.
 
+    Layers that one forward calls with the same tensor (q, k, v; gate, up) run as a group. They are found by running the
+    model once on tensors without storage; inputs: what to call it with, by name, where it takes no input_ids.
     strict: raise RuntimeError, before anything is changed, if any layer would be skipped, and on every later call that
     would have to fall back to PEFT's forward.   Returns a report that prints as a table.
     Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
@@ -66,12 +86,18 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
     if strict and report.skipped and not env.disable:
         listed = "\n".join(f"  {name}: {reason}" for name, reason in report.skipped.items())
         raise RuntimeError(f"patch: strict=True, and these layers would run PEFT's own forward:\n{listed}")
+    _restore(model, layers)
+    plain = {name: layer for name, layer in layers.items() if type(layer) is lora.Linear}
+    found, report.ungrouped = groups.siblings(model, plain, ops.GROUP, inputs)
+    report.groups = [names for names in found if len(names) > 1]
     for name, layer in layers.items():
         if type(layer) in LIBRARY:
             _swap(layer, name, strict)
         if name not in report.skipped:
             path, why = path_of(layer)
             report.patched[name] = path if path == "fused" else f"{path} ({why})"
+    for names in report.groups:
+        join(model, names, plain)
     return report
 
 
@@ -80,12 +106,17 @@ def _swap(layer: Any, name: str, strict: bool = False) -> None:
     layer._name, layer._strict = name, strict
 
 
-def unpatch(model: nn.Module) -> None:
-    """Give every patched layer PEFT's own class back.   Raises as `patch`."""
-    for layer in _lora_layers(model).values():
+def _restore(model: nn.Module, layers: dict[str, Any]) -> None:
+    part(model)
+    for layer in layers.values():
         if type(layer) in PEFT:
             layer.__class__ = PEFT[type(layer)]
             del layer._name, layer._strict
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every patched layer PEFT's own class back.   Raises as `patch`."""
+    _restore(model, _lora_layers(model))
 
 
 def register(lora_config: Config) -> Config:

@@ -1,0 +1,181 @@
+"""Layers that a model calls with the same tensor run as one group: the first call computes for all of them.
+
+What it leaves for its siblings is kept by the tensor's identity and version, for this thread alone, and only until the
+last of them has come: a call with anything else drops it, and so does the end of their parent's forward, by return, by
+an exception, or by a checkpoint that stops its recomputation early.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import dispatch, functional
+from fastlora.peft.judge import Plan, judge_call, own
+
+
+@dataclass
+class _Left:
+    """ys: by member, None once it was fetched.   keys: what each member would have run."""
+
+    siblings: Siblings
+    x: Tensor
+    version: int | None
+    modes: tuple[Any, ...]
+    keys: list[Any]
+    ys: list[Tensor | None]
+
+
+class _Slot:
+    """Where the one group whose siblings are still to come leaves their outputs."""
+
+    left: _Left | None = None
+
+
+class _ThreadSlot(_Slot, threading.local):
+    pass
+
+
+_here = _ThreadSlot()
+_traced = _Slot()
+"""While a compiler traces, which cannot see a threading.local: what is left there is gone by the end of the trace."""
+
+
+def _slot() -> _Slot:
+    return _traced if torch.compiler.is_compiling() else _here
+
+
+def forget(module: nn.Module, args: Any, output: Any) -> None:
+    """A hook on the siblings' parent: what nobody fetched is dropped when its forward ends, however it ends."""
+    slot = _slot()
+    if slot.left is not None:
+        slot.left = None
+
+
+@torch._dynamo.assume_constant_result
+def _opaque_to_the_compiler() -> bool:
+    """Whether the trace is inside a checkpoint, from which nothing may be left outside of its own values."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().output.current_tracer.parent is not None
+    except AttributeError:  # another torch: then one by one, which is right everywhere
+        return True
+
+
+def _modes(x: Tensor) -> tuple[Any, ...]:
+    """What an output depends on beside x and the layer."""
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+
+
+def _key(plan: Plan) -> Any:
+    """What a layer would run, down to the versions of its tensors."""
+    if torch.compiler.is_compiling():  # which guards on all of it
+        return None
+    tensors = [plan.weight, own(plan.base, "bias")]
+    numbers: list[Any] = []
+    for a, b, scaling, lora_bias, p, training in plan.adapters:
+        tensors += [a, b, lora_bias]
+        numbers += [scaling if isinstance(scaling, float) else id(scaling), p, training]
+    return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors if t is not None], numbers
+
+
+class Siblings:
+    """Layers of PEFT's, patched, that one forward calls one after another with the same tensor."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        for index, layer in enumerate(self.layers):
+            layer._siblings, layer._index = self, index
+
+    def run(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
+        """The layer's output, its own or what a sibling left; None where it runs by itself."""
+        compiling = torch.compiler.is_compiling()
+        if compiling and _opaque_to_the_compiler():
+            return None
+        slot = _slot()
+        version = None if compiling or x.is_inference() else x._version
+        left, slot.left = slot.left, None
+        if left is not None and left.siblings is self and left.x is x and left.version == version:
+            y = left.ys[index]
+            if y is not None and left.modes == _modes(x) and left.keys[index] == _key(plan):
+                left.ys[index] = None
+                if any(other is not None for other in left.ys):
+                    slot.left = left
+                return y
+        plans = self.plans(index, x, plan)
+        if isinstance(plans, str):
+            return None
+        ys: list[Tensor | None] = list(_compute(x, plans))
+        y, ys[index] = ys[index], None
+        slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
+        return y
+
+    def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
+        """What every member would run on x; or why they run one by one.   plan: of the member at index."""
+        if not functional.together(x, dispatch.backend_of(x), len(self.layers)):
+            return "few rows: calls cost more than arithmetic"
+        plans = []
+        for i, layer in enumerate(self.layers):
+            theirs = plan if i == index else "its adapters are disabled" if layer._disable_adapters else None
+            theirs = judge_call(layer, x, (), {}) if theirs is None else theirs
+            if isinstance(theirs, str):
+                return f"{layer._name}: {theirs}"
+            if theirs.weight is None or len(theirs.adapters) > 1:
+                return f"{layer._name} has a quantised base, or several active adapters"
+            plans.append(theirs)
+        return plans
+
+    def explain(self, index: int, x: Tensor, plan: Plan) -> str:
+        """How `run` would go."""
+        others = ", ".join(layer._name.split(".")[-1] for i, layer in enumerate(self.layers) if i != index)
+        plans = self.plans(index, x, plan)
+        if isinstance(plans, str):
+            return f"apart from {others}: {plans}"
+        return f"one group with {others}; one by one in a compiled checkpoint"
+
+
+def _compute(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
+    none = (None, None, 1.0, None, 0.0, False)
+    as_, bs, scalings, lora_biases, ps, training = zip(
+        *(tuple(plan.adapters[0]) if plan.adapters else none for plan in plans), strict=True
+    )
+    return functional.lora_linear_group(
+        x,
+        [plan.weight for plan in plans if plan.weight is not None],
+        [own(plan.base, "bias") for plan in plans],
+        as_,
+        bs,
+        scalings,
+        dropout_p=[p if train else 0.0 for p, train in zip(ps, training, strict=True)],
+        lora_biases=lora_biases,
+    )
+
+
+def join(model: nn.Module, names: Sequence[str], layers: dict[str, Any]) -> None:
+    """Make siblings of the named layers, and let their common parent forget what nobody fetched."""
+    Siblings([layers[name] for name in names])
+    paths = [name.split(".")[:-1] for name in names]
+    shared = 0
+    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
+        shared += 1
+    parent = model.get_submodule(".".join(paths[0][:shared]))
+    if forget not in parent._forward_hooks.values():
+        parent.register_forward_hook(forget, always_call=True)
+
+
+def part(model: nn.Module) -> None:
+    """Every layer by itself again, and no hook of ours left."""
+    for module in model.modules():
+        for name in ("_siblings", "_index"):
+            module.__dict__.pop(name, None)
+        for key in [key for key, hook in module._forward_hooks.items() if hook is forget]:
+            del module._forward_hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
