@@ -73,7 +73,8 @@ def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
     ids = torch.zeros((1, 4), dtype=torch.int64, device=first.device)
     if not isinstance(getattr(model, "config", {}), dict):  # which PEFT gives a model that has none
         decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
-        return [{"input_ids": ids, **decoder}]
+        mask = {"attention_mask": torch.ones_like(ids)}  # without one, some look for padding in ids that have no data
+        return [{"input_ids": ids, **mask, **decoder}, {"input_ids": ids, **decoder}]
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     needed = [
         name
