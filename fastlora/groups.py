@@ -59,12 +59,21 @@ class _Call(NamedTuple):
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Run the model once on tensors without storage.   Returns why that failed."""
+    """Run the model once on tensors without storage, as in evaluation: training changes what some layers keep.
+
+    Returns why that failed.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             model(**inputs)
     except Exception as error:  # a model may do anything with a tensor that has no data
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    finally:
+        for module in training:
+            module.training = True
     return None
 
 

@@ -34,7 +34,8 @@ class _Left:
 class _Slot:
     """Where the one group whose siblings are still to come leaves their outputs."""
 
-    left: _Left | None = None
+    def __init__(self) -> None:  # not on the class: a compiler's guards would see it appear
+        self.left: _Left | None = None
 
 
 class _ThreadSlot(_Slot, threading.local):
@@ -102,7 +103,9 @@ class Siblings:
             return None
         slot = _slot()
         version = None if compiling or x.is_inference() else x._version
-        left, slot.left = slot.left, None
+        left = slot.left
+        if left is not None:
+            slot.left = None
         if left is not None and left.siblings is self and left.x is x and left.version == version:
             y = left.ys[index]
             if y is not None and left.modes == _modes(x) and left.keys[index] == _key(plan):
