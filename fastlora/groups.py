@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -25,25 +26,13 @@ def siblings(
     Returns the groups, every layer in one, and why the model could not be traced; then each layer is by itself.
     """
     calls: list[_Call] = []
-
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            calls.append(_Call(name, args[0], args[0]._version))
-
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
-    ]
-    guesses = [inputs] if inputs is not None else _guesses(model, layers)
     reason = None
-    try:
-        for guess in guesses:
+    with _quiet(model, layers, calls):
+        for guess in [inputs] if inputs is not None else _guesses(model, layers):
             calls.clear()
             reason = _trace(model, guess)
             if reason is None:
                 break
-    finally:
-        for handle in handles:
-            handle.remove()
     if reason is not None:
         log.info("fastlora: layers stay ungrouped: %s", reason)
         calls.clear()
@@ -58,22 +47,51 @@ class _Call(NamedTuple):
     version: int
 
 
-def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Run the model once on tensors without storage, as in evaluation: training changes what some layers keep.
+@contextlib.contextmanager
+def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]) -> Iterator[None]:
+    """Inside, a run of the model notes the calls of `layers` and changes nothing that outlives it.
 
-    Returns why that failed.
+    It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
+    ones would convert their weights, and some variants count their calls.
     """
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def stub(layer: Any) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if id(layer) in names:
+                calls.append(_Call(names[id(layer)], x, x._version))
+            return x.new_empty((*x.shape[:-1], _out_features(layer)))
+
+        return forward
+
+    changed = []
+    for module in model.modules():
+        own: dict[str, Any] = {"training": False, "_forward_hooks": {}, "_forward_pre_hooks": {}}
+        if id(module) in names or ("Linear" in type(module).__name__ and _out_features(module) is not None):
+            own["forward"] = stub(module)
+        changed.append((module, {name: module.__dict__[name] for name in own if name in module.__dict__}, own))
+        module.__dict__.update(own)
+    try:
+        yield
+    finally:
+        for module, before, own in changed:
+            for name in own:
+                del module.__dict__[name]
+            module.__dict__.update(before)
+
+
+def _out_features(layer: nn.Module) -> Any:
+    """N; transformers' Conv1D calls it nf."""
+    return getattr(layer, "out_features", getattr(layer, "nf", None))
+
+
+def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Run the model once on tensors without storage.   Returns why that failed."""
     try:
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             model(**inputs)
     except Exception as error:  # a model may do anything with a tensor that has no data
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    finally:
-        for module in training:
-            module.training = True
     return None
 
 
