@@ -52,8 +52,8 @@ def cases(bench: Bench) -> list[Case]:
 
 
 def _tiny() -> Iterator[Case]:
-    yield Case("tiny", "qkv", 5, 4, "fp32", "fp32", 0.0)
-    yield Case("tiny", "mlp", 5, 4, "fp32", "fp32", 0.1)
+    yield Case("tiny", "qkv", 5, 8, "fp32", "fp32", 0.0)
+    yield Case("tiny", "mlp", 5, 8, "fp32", "fp32", 0.1)
 
 
 def _cpu() -> Iterator[Case]:
