@@ -209,6 +209,10 @@ def test_the_report_prints_groups() -> None:
     assert [f"{layer}.mlp.gate_proj", "×2", "one", "group", "with", "up_proj"] in lines
 
 
+DRAWS = 12
+"""Errors of one draw of a whole model share their luck: over 70 draws the logarithm of their mean ratio to PEFT's has a
+deviation of 0.2 (and a mean of -0.02), so that a dozen put log 1.25 four of its deviations away."""
+
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "all": ({}, 4),
     "q,v only": ({"target_modules": ["q_proj", "v_proj"]}, 2),
@@ -233,7 +237,7 @@ def run_grouped(count: int) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_options_give_pefts_numbers(case: str) -> None:
     options, count = CASES[case]
-    assert_parity(lambda: peft_model("llama", **options), run_grouped(count), draws=5)
+    assert_parity(lambda: peft_model("llama", **options), run_grouped(count), draws=DRAWS)
 
 
 @pytest.mark.parametrize("family", STRUCTURES)
@@ -247,7 +251,7 @@ def test_families_give_pefts_numbers(family: str) -> None:
 
     expected = len(fastlora.patch(peft()).groups)
     assert expected >= count
-    assert_parity(peft, run_grouped(expected), "t5" if family == "t5" else "llama", draws=4)
+    assert_parity(peft, run_grouped(expected), "t5" if family == "t5" else "llama", draws=8)
 
 
 @pytest.mark.parametrize("mix", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
