@@ -72,7 +72,7 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
     before, random_state = [(vars(module), _contents(vars(module))) for module in model.modules()], random.getstate()
     for module in model.modules():
         vars(module).update(training=False, _forward_hooks={}, _forward_pre_hooks={})
-        if id(module) in names or ("Linear" in type(module).__name__ and _out_features(module) is not None):
+        if id(module) in names or _linear(module):
             vars(module)["forward"] = stub(module)
     try:
         with torch.random.fork_rng(devices=()):
@@ -89,6 +89,11 @@ def _contents(attributes: dict[str, Any]) -> list[Any]:
     """A copy of a module's attributes, then (container, a copy of what is in it) for each that is one."""
     kept = [value for value in attributes.values() if type(value) in (dict, OrderedDict, list, set)]
     return [dict(attributes), *((value, value.copy()) for value in kept)]
+
+
+def _linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of some kind, and nothing around others: a LinearAttention has layers inside."""
+    return "Linear" in type(module).__name__ and _out_features(module) is not None and not list(module.children())
 
 
 def _out_features(layer: nn.Module) -> Any:
