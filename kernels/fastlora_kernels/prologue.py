@@ -1,4 +1,4 @@
-"""What both forms of the GEMM begin with: which tile of y is next, and its low-rank term, ready for the main loop.
+"""What both forms of the GEMM begin with: which tile of y is next, and its low-rank terms, ready for the main loop.
 
 The term is scaled, or masked for dx, in fp32 before the main loop starts: a tail that masks its own accumulator spills
 at 128×256. The rank is walked in blocks with num_stages=1; one block of padded rank 512 would need 256 KiB.
@@ -6,12 +6,38 @@ at 128×256. The rank is walked in blocks with num_stages=1; one block of padded
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora_kernels.dot import dot
 from fastlora_kernels.dropout import keep, keep_by_halves
 from fastlora_kernels.tables import Tile
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the prologue sums: mask_i ⊙ scale_i·(h_i·b_iᵀ), one a member of a group, or one with a lora_bias.
+
+    hs: [M, R] fp32 each, bs: [N, R] each.   seeds: what masks are drawn from; drops: which of them each member's is,
+    −1 for none.   thresholds: of each mask.
+    """
+
+    hs: Sequence[Tensor]
+    bs: Sequence[Tensor]
+    scales: Sequence[float]
+    lora_bias: Tensor | None = None
+    seeds: Tensor | None = None
+    drops: tuple[int, ...] = (-1,)
+    thresholds: tuple[int, ...] = (0,)
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(h.shape[1] for h in self.hs)
 
 
 def rank_step(R: int, t: Tile) -> int:
@@ -86,4 +112,44 @@ def low_rank_tile(
         else:
             kept = keep(tl.load(seed_ptr), offs_m, pid_n * BLOCK_N, threshold, BLOCK_M, BLOCK_N)
         acc = tl.where(kept, acc, 0.0)
+    return acc
+
+
+@triton.jit
+def low_rank_tiles(
+    h_ptrs,
+    b_ptrs,
+    lora_bias_ptr,
+    seeds_ptr,
+    M,
+    N,
+    Rs,
+    strides_hm,
+    strides_hr,
+    strides_bn,
+    strides_br,
+    stride_lora_bias,
+    pid_m,
+    pid_n,
+    scales,
+    thresholds,
+    HAS_LORA_BIAS: tl.constexpr,
+    SEEDS: tl.constexpr,
+    BY_HALVES: tl.constexpr,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The members' `low_rank_tile`s, added up in their order; a lora_bias is the first one's."""
+    for i in tl.static_range(len(h_ptrs)):
+        AT: tl.constexpr = SEEDS[i]
+        term = low_rank_tile(
+            h_ptrs[i], b_ptrs[i], lora_bias_ptr, seeds_ptr + max(AT, 0), M, N, Rs[i],
+            strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i], stride_lora_bias,
+            pid_m, pid_n, scales[i], thresholds[i],
+            HAS_LORA_BIAS and i == 0, AT >= 0, BY_HALVES, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        acc = term if i == 0 else acc + term
     return acc
