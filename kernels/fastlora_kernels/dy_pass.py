@@ -211,7 +211,9 @@ def group_dy_pass(
     parts = [db.new_empty((n_bands, *db.shape), dtype=torch.float32) for db in outs] if n_bands > 1 else outs
     db_of = iter(parts)
     dh_programs = row_blocks * n_parts
-    programs = sum(dh_programs * w + triton.cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True))
+    programs = sum(
+        dh_programs * w + triton.cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True)
+    )
     h_of = [h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]
     with on_device(dys[0]):
         _dy_kernel[(n_bands * programs, grid_r)](
