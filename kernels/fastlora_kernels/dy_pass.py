@@ -21,7 +21,7 @@ from fastlora_kernels.members import strides
 from fastlora_kernels.reduce import reduce, reduce_each
 from fastlora_kernels.shrink import block_r, chunks
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import outer_tile, shrink_tile
+from fastlora_kernels.tiles import outer_tile, ranks_at, shrink_tile
 
 
 @triton.jit
@@ -42,11 +42,11 @@ def _dh_tile(
     pid_m,
     pid_r,
     part,
-    PIECES,
+    PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R,
+    BLOCK_R: tl.constexpr,
 ):
     """dh[part, a block of rows, this member's columns] over a chunk of dy's columns."""
     (dh,) = shrink_tile(
@@ -55,7 +55,7 @@ def _dh_tile(
         (-1,), (PIECES,), INTERPRET, BLOCK_M, (BLOCK_R,), BLOCK_K,
     )  # fmt: skip
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = ranks_at(pid_r, BLOCK_R)
     dh_rows = dh_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * width
     mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
     tl.store(dh_rows + offs_r[None, :], dh * tl.cast(scale, tl.float32), mask=mask)
@@ -78,11 +78,11 @@ def _db_tile(
     pid_n,
     pid_r,
     band,
-    PIECES,
+    PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_R,
+    BLOCK_R: tl.constexpr,
 ):
     """db[band, a block of dy's columns] over the rows of a band."""
     (db,) = outer_tile(
@@ -91,7 +91,7 @@ def _db_tile(
         (-1,), (PIECES,), INTERPRET, BLOCK_K, (BLOCK_R,), BLOCK_N,
     )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_r = ranks_at(pid_r, BLOCK_R)
     db_rows = db_ptr + (band.to(tl.int64) * N + offs_n)[:, None] * R
     mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
     db *= tl.cast(scale, tl.float32)
@@ -140,15 +140,14 @@ def _dy_kernel(
     pid = tl.program_id(0) % programs
     pid_r = tl.program_id(1)
     for i in tl.static_range(len(dy_ptrs)):
-        RANKS: tl.constexpr = BLOCK_R[i]
-        ranks_left = pid_r * RANKS < Rs[i]
+        ranks_left = pid_r * BLOCK_R[i] < Rs[i]
         if WANT_DH[i]:
             if (pid >= 0) & (pid < dh_programs) & ranks_left:
                 _dh_tile(
                     dy_ptrs[i], b_ptrs[i], dh_ptr, M, Ns[i], Rs[i], width, n_chunks[i],
                     strides_dm[i], strides_dn[i], strides_bn[i], strides_br[i], scales[i],
                     band * (band_rows // BLOCK_M) + pid // n_parts, pid_r, pid % n_parts,
-                    B_PIECES[i], INTERPRET, BLOCK_M, BLOCK_K, RANKS,
+                    B_PIECES[i], INTERPRET, BLOCK_M, BLOCK_K, BLOCK_R[i],
                 )  # fmt: skip
             pid -= dh_programs
         if WANT_DB[i]:
@@ -156,7 +155,7 @@ def _dy_kernel(
                 _db_tile(
                     dy_ptrs[i], h_ptrs[i], db_ptrs[i], M, Ns[i], Rs[i], band_rows,
                     strides_dm[i], strides_dn[i], strides_hm[i], strides_hr[i], scales[i],
-                    pid, pid_r, band, H_PIECES[i], INTERPRET, BLOCK_N, BLOCK_K, RANKS,
+                    pid, pid_r, band, H_PIECES[i], INTERPRET, BLOCK_N, BLOCK_K, BLOCK_R[i],
                 )  # fmt: skip
             pid -= tl.cdiv(Ns[i], BLOCK_N)
         dh_ptr += Rs[i]

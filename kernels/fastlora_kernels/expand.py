@@ -20,7 +20,7 @@ from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.gemm import main_loop
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.persistent import persistent, takes_tma
-from fastlora_kernels.prologue import Terms, low_rank_tiles, rank_step, tile_at
+from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile, tile
 
 GEMM, ADD, NONE = 0, 1, 2
@@ -84,7 +84,7 @@ def _expand_kernel(
             other=0.0,
         )
 
-    acc = low_rank_tiles(
+    acc = low_rank_tile(
         h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
         stride_lora_bias, pid_m, pid_n, scales, thresholds,
         HAS_LORA_BIAS, SEEDS, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -124,11 +124,11 @@ def _launch(
     if y.numel() == 0:
         return y
     main = xs[0].dtype if base != NONE else y.dtype
-    t = config or tile(kernel, arch(y), main, M, N, terms.rank)
+    t = config or tile(kernel, arch(y), main, M, N, terms.rank, masks=terms.masks)
     if t.tma and base == GEMM:
         if takes_tma(xs, ws, y):
             return persistent(xs, ws, bias, terms, y, t)
-        t = config or tile(kernel, arch(y), main, M, N, terms.rank, tma=False)
+        t = config or tile(kernel, arch(y), main, M, N, terms.rank, False, terms.masks)
     Ks, lora_bias = tuple(w.shape[1] for w in ws), terms.lora_bias
     with on_device(y):
         _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](

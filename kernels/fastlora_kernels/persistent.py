@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora_kernels.device import INTERPRET, on_device, processors
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.members import GROUP, strides
-from fastlora_kernels.prologue import Terms, low_rank_tiles, rank_step, tile_at
+from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile
 
 
@@ -67,7 +67,7 @@ def _persistent_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = low_rank_tiles(
+        acc = low_rank_tile(
             h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
             stride_lora_bias, pid_m, pid_n, scales, thresholds,
             HAS_LORA_BIAS, SEEDS, BLOCK_N > 128, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,

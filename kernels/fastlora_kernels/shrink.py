@@ -19,7 +19,7 @@ from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import shrink_tile
+from fastlora_kernels.tiles import ranks_at, shrink_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -55,8 +55,7 @@ def _shrink_kernel(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     h_rows = h_ptr + (pid_k.to(tl.int64) * M + offs_m)[:, None] * width
     for i in tl.static_range(len(a_ptrs)):
-        RANKS: tl.constexpr = BLOCK_R[i]
-        offs_r = pid_r * RANKS + tl.arange(0, RANKS)
+        offs_r = ranks_at(pid_r, BLOCK_R[i])
         mask = (offs_m < M)[:, None] & (offs_r < Rs[i])[None, :]
         acc = accs[i] * tl.cast(scales[i], tl.float32)
         tl.store(h_rows + offs_r[None, :], cast(acc, h_ptr.dtype.element_ty, INTERPRET), mask=mask)

@@ -15,16 +15,31 @@ from fastlora_kernels.dropout import keep
 
 
 @triton.jit
-def _seeds(seeds_ptr, SEEDS):
-    """The seed of each factor's mask; 0, never used, where SEEDS is −1: no mask."""
-    seeds = ()
-    for i in tl.static_range(len(SEEDS)):
-        AT: tl.constexpr = SEEDS[i]
-        if AT >= 0:
-            seeds = seeds + (tl.load(seeds_ptr + AT),)
-        else:
-            seeds = seeds + (0,)
-    return seeds
+def _seed(seeds_ptr, AT: tl.constexpr):
+    """The seed of a factor's mask, seeds[AT]; 0, never used, where AT is −1: no mask."""
+    if AT >= 0:
+        return tl.load(seeds_ptr + AT)
+    else:
+        return tl.zeros([], tl.int64)
+
+
+@triton.jit
+def _drop(x, seed, offs_m, col_start, threshold, AT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x under a factor's mask; dropped values are selected away."""
+    if AT >= 0:
+        x = tl.where(keep(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+    return x
+
+
+@triton.jit
+def ranks_at(pid_r, BLOCK_R: tl.constexpr):
+    """The ranks of a block."""
+    return pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def _none(ROWS: tl.constexpr, BLOCK_R: tl.constexpr):
+    return tl.zeros([ROWS, BLOCK_R], tl.float32)
 
 
 @triton.jit
@@ -59,14 +74,13 @@ def shrink_tile(
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    seeds = _seeds(seeds_ptr, SEEDS)
+    seeds = ()
     f_cols = ()
     accs = ()
     for i in tl.static_range(len(f_ptrs)):
-        RANKS: tl.constexpr = BLOCK_R[i]
-        offs_r = pid_r * RANKS + tl.arange(0, RANKS)
-        f_cols = f_cols + (f_ptrs[i] + offs_r.to(tl.int64)[None, :] * strides_fr[i],)
-        accs = accs + (tl.zeros([BLOCK_M, RANKS], tl.float32),)
+        seeds = seeds + (_seed(seeds_ptr, SEEDS[i]),)
+        f_cols = f_cols + (f_ptrs[i] + ranks_at(pid_r, BLOCK_R[i]).to(tl.int64)[None, :] * strides_fr[i],)
+        accs = accs + (_none(BLOCK_M, BLOCK_R[i]),)
     for k in tl.range(k_start, k_end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
@@ -74,12 +88,8 @@ def shrink_tile(
         x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         sums = ()
         for i in tl.static_range(len(f_ptrs)):
-            AT: tl.constexpr = SEEDS[i]
-            RANKS: tl.constexpr = BLOCK_R[i]
-            mask_r = pid_r * RANKS + tl.arange(0, RANKS) < Rs[i]
-            dropped = x
-            if AT >= 0:
-                dropped = tl.where(keep(seeds[i], offs_m, k, thresholds[i], BLOCK_M, BLOCK_K), x, 0.0)
+            mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
+            dropped = _drop(x, seeds[i], offs_m, k, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
             f_tile = f_cols[i] + offs_k.to(tl.int64)[:, None] * strides_fk[i]
             f = tl.load(f_tile, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
             sums = sums + (dot(dropped, f, accs[i], PIECES[i], INTERPRET),)
@@ -114,14 +124,13 @@ def outer_tile(
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     x_cols = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
-    seeds = _seeds(seeds_ptr, SEEDS)
+    seeds = ()
     f_cols = ()
     accs = ()
     for i in tl.static_range(len(f_ptrs)):
-        RANKS: tl.constexpr = BLOCK_R[i]
-        offs_r = pid_r * RANKS + tl.arange(0, RANKS)
-        f_cols = f_cols + (f_ptrs[i] + offs_r[None, :] * strides_fr[i],)
-        accs = accs + (tl.zeros([BLOCK_K, RANKS], tl.float32),)
+        seeds = seeds + (_seed(seeds_ptr, SEEDS[i]),)
+        f_cols = f_cols + (f_ptrs[i] + ranks_at(pid_r, BLOCK_R[i])[None, :] * strides_fr[i],)
+        accs = accs + (_none(BLOCK_K, BLOCK_R[i]),)
     for m in tl.range(m_start, m_end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < m_end
@@ -129,12 +138,8 @@ def outer_tile(
         x = tl.load(x_cols + rows * stride_xm, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         sums = ()
         for i in tl.static_range(len(f_ptrs)):
-            AT: tl.constexpr = SEEDS[i]
-            RANKS: tl.constexpr = BLOCK_R[i]
-            mask_r = pid_r * RANKS + tl.arange(0, RANKS) < Rs[i]
-            dropped = x
-            if AT >= 0:
-                dropped = tl.where(keep(seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], BLOCK_M, BLOCK_K), x, 0.0)
+            mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
+            dropped = _drop(x, seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
             f = tl.load(f_cols[i] + rows * strides_fm[i], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             sums = sums + (dot(tl.trans(dropped), f, accs[i], PIECES[i], INTERPRET),)
         accs = sums

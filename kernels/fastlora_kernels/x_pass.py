@@ -17,7 +17,7 @@ from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce_each
 from fastlora_kernels.shrink import block_r
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import outer_tile
+from fastlora_kernels.tiles import outer_tile, ranks_at
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,8 +51,7 @@ def _x_kernel(
     )  # fmt: skip
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     for i in tl.static_range(len(dh_ptrs)):
-        RANKS: tl.constexpr = BLOCK_R[i]
-        offs_r = pid_r * RANKS + tl.arange(0, RANKS)
+        offs_r = ranks_at(pid_r, BLOCK_R[i])
         da_cols = da_ptrs[i] + (band.to(tl.int64) * Rs[i] + offs_r)[None, :] * K
         mask = (offs_k < K)[:, None] & (offs_r < Rs[i])[None, :]
         da = das[i] * tl.cast(scales[i], tl.float32)
