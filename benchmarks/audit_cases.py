@@ -129,9 +129,7 @@ class Case:
             case "group_x":
                 kernels.group_x_pass(x, hs, [a.dtype] * members, ps=ps, seeds=seeds, config=self.tile)
             case "group_dx":
-                kernels.group_dx(
-                    [dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, config=self.tile
-                )
+                kernels.group_dx([dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, config=self.tile)
             case "group_add":
                 kernels.group_add_dx(x, hs, [a] * members, x.dtype, ps=ps, seeds=seeds, config=self.tile)
 

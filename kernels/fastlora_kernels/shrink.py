@@ -62,9 +62,13 @@ def _shrink_kernel(
         h_rows += Rs[i]
 
 
-def block_r(R: int) -> int:
-    """The padded rank one program holds: a power of two in 16…128; larger ranks take several blocks."""
-    return min(max(triton.next_power_of_2(R), 16), 128)
+def block_r(R: int, members: int = 1) -> int:
+    """The padded rank one program holds: a power of two in 16…128; larger ranks take several blocks.
+
+    members: how many accumulators share a tile of x; from two on each holds up to 64 ranks. With 128 the three take so
+    many registers that a tile has 32 rows, and `a`, read once a tile, then comes out of L2 more often than x would.
+    """
+    return min(max(triton.next_power_of_2(R), 16), 128 if members == 1 else 64)
 
 
 def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
@@ -101,7 +105,7 @@ def group_shrink(
     drops = masked(ps, seeds)
     used = tuple(drops[i] for i in at)
     t = config or tile("shrink" if len(factors) == 1 else "group_shrink", arch(x), x.dtype, M, K, max(Rs))
-    ranks = tuple(map(block_r, Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
     grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), max(map(triton.cdiv, Rs, ranks))
     parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
     h = x.new_empty((parts, M, width), dtype=torch.float32)

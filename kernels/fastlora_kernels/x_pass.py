@@ -83,7 +83,7 @@ def group_x_pass(
         return das
     drops = masked(ps, seeds)
     t = config or tile("x" if len(factors) == 1 else "group_x", arch(x), x.dtype, M, K, max(Rs))
-    ranks = tuple(map(block_r, Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
     n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
     parts = [x.new_empty((n_bands, R, K), dtype=torch.float32) for R in Rs] if n_bands > 1 else outs
     with on_device(x):
