@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
+from fastlora.modules import own
 
 _PLAIN_BASES = (nn.Linear, Conv1D)
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -56,7 +57,7 @@ class _Fused(nn.Module):
         base, weight, adapters = plan
         if weight is not None and len(adapters) == 1:
             a, b, scaling, lora_bias, p, training = adapters[0]
-            bias = _own(base, "bias")
+            bias = own(base, "bias")
             return functional.lora_linear(
                 x, weight, bias, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias
             )
@@ -138,12 +139,6 @@ class _Plan(NamedTuple):
     adapters: list[_Adapter]
 
 
-def _own(module: nn.Module, name: str) -> Any:
-    """module.name, by way of its parameters: nn.Module's own lookup costs 0.4 µs."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
-
-
 def _hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a forward of its own (accelerate)."""
     return bool(
@@ -175,7 +170,7 @@ def _plan(layer: Any) -> _Plan | str:
             return f"base_layer is a {type(base).__name__}, not a plain Linear or Conv1D"
         if _hooked(base):
             return "base_layer has hooks, or a forward of its own"
-        weight = _own(base, "weight")
+        weight = own(base, "weight")
         if type(weight) not in _PLAIN_TENSORS:
             return f"base_layer.weight is a {type(weight).__name__}, not a plain tensor"
         if type(base) is Conv1D:
@@ -199,13 +194,13 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> _Adapter |
         return f"adapter {name!r} is made of {kinds}, not of two Linear and Dropout or Identity"
     if _hooked(lora_A) or _hooked(lora_B) or _hooked(dropout):
         return f"adapter {name!r} has hooks in it, or a forward of its own"
-    a, b = _own(lora_A, "weight"), _own(lora_B, "weight")
+    a, b = own(lora_A, "weight"), own(lora_B, "weight")
     if type(a) not in _PLAIN_TENSORS or type(b) not in _PLAIN_TENSORS:
         return f"the weights of adapter {name!r} are {type(a).__name__} and {type(b).__name__}, not plain tensors"
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
     if p >= 1:
         return f"adapter {name!r} drops everything (p = {p})"
-    return _Adapter(a, b, layer.scaling[name], _own(lora_B, "bias"), p, dropout.training)
+    return _Adapter(a, b, layer.scaling[name], own(lora_B, "bias"), p, dropout.training)
 
 
 def _plan_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Plan | str:

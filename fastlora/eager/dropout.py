@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,22 +12,54 @@ from torch import Tensor
 from fastlora import reference
 
 FEW_ELEMENTS = 2**12
-"""M·K up to which a bit an element, from 16-bit lanes, is drawn faster than the gaps: fewer calls."""
+"""M·K up to which a bit an element is drawn faster than the gaps: fewer calls."""
+
+FEW_BITS = 2**9
+"""Of those, up to which one call that takes 8 ns a bit is faster than three that cut 16-bit lanes out of words."""
 
 FEW_DRAWS = 1024
 """Up to here one `geometric_` call draws the gaps faster than five vectorised ones."""
 
 
-def dropped(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """What dropout takes from an [M, K] tensor, as an index into it flattened: positions, or a bool for each element.
+class _Stream(threading.local):
+    """A thread's own generator, seeded anew before each use: making one costs as much as drawing from it."""
 
-    The same for the same seed; from a stream of the CPU's own where seed is on a CPU.
-    """
-    if M * K > FEW_ELEMENTS or seed.device.type != "cpu":
-        return holes(seed, M, K, p)
-    generator = torch.Generator().manual_seed(int(seed))
-    words = torch.empty(-(-M * K // 4), dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    return words.view(torch.int16)[: M * K] < reference.dropout_threshold(p) - 2**15
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def at(self, seed: Tensor) -> torch.Generator:
+        return self.generator.manual_seed(int(seed))
+
+
+_stream = _Stream()
+
+
+def bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """[M, K] bool on a CPU, true where an element is dropped, the same for the same seed: of 16 bits' probability."""
+    generator = _stream.at(seed)
+    if M * K <= FEW_BITS:
+        return _nothing(M, K).bernoulli(reference.dropout_threshold(p) / 65536, generator=generator)
+    words = torch.randint(-(2**63), 2**63 - 1, (M, -(-K // 4)), generator=generator, device="cpu")  # four lanes each
+    gone = words.view(torch.int16) < _bound(p)
+    return gone if K % 4 == 0 else gone[:, :K]
+
+
+@lru_cache
+def _nothing(M: int, K: int) -> Tensor:
+    """An [M, K] to be like, of one byte: a call less than an empty one."""
+    return torch.zeros((), dtype=torch.bool, device="cpu").expand(M, K)
+
+
+@lru_cache
+def _bound(p: float) -> Tensor:
+    """The 16-bit lane, with a sign, below which an element is dropped: a tensor, for a number takes twice the time."""
+    return torch.tensor(reference.dropout_threshold(p) - 2**15, dtype=torch.int16, device="cpu")
+
+
+def dropped(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """What the torch backend drops from an [M, K] tensor, as an index into it flattened: its bits, or its holes."""
+    few = M * K <= FEW_ELEMENTS and seed.device.type == "cpu"
+    return bits(seed, M, K, p).reshape(-1) if few else holes(seed, M, K, p)
 
 
 def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -37,7 +71,7 @@ def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     if seed.device.type != "cpu":
         return (~reference.dropout_mask(seed, M, K, p)).view(-1).nonzero().view(-1)
     size = M * K
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = _stream.at(seed)
     expected = size * p
     draws = int(expected + 6 * math.sqrt(expected * (1 - p)) + 16)  # six sigma: one pass is enough
     runs, end = [], -1

@@ -28,11 +28,9 @@ def thin_dtype(x: Tensor, f: Tensor) -> torch.dtype:
 
 
 def drop(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x in dtype with the elements `gone` selected away, not yet divided by 1−p."""
+    """x in dtype with the elements at positions `gone` selected away, not yet divided by 1−p."""
     if gone is None:
         return x.to(dtype)
-    if gone.dtype is torch.bool:
-        return x.to(dtype).masked_fill(gone.view(x.shape), 0)
     return x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1).index_fill_(0, gone, 0).view(x.shape)
 
 

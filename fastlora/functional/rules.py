@@ -58,18 +58,3 @@ def no_second_derivative(ctx: Any, *grads: Any) -> None:
         "fastlora: a second derivative was asked for (create_graph=True), and the fused backward has none; "
         "fastlora.reference.lora_linear can be differentiated any number of times"
     )
-
-
-class _Once(torch.autograd.Function):
-    """dy as it is, behind a node that refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: Tensor, anchor: Tensor) -> Tensor:
-        return dy.view_as(dy)
-
-    backward = staticmethod(no_second_derivative)
-
-
-def once(dy: Tensor) -> Tensor | None:
-    """A hook before the backward of `few_rows`: like every other path, it has no second derivative."""
-    return _Once.apply(dy, dy.new_zeros((), requires_grad=True)) if torch.is_grad_enabled() else None
