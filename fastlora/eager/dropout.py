@@ -14,7 +14,7 @@ from fastlora import reference
 FEW_ELEMENTS = 2**12
 """M·K up to which a bit an element is drawn faster than the gaps: fewer calls."""
 
-FEW_BITS = 2**9
+FEW_BITS = 2**10
 """Of those, up to which one call that takes 8 ns a bit is faster than three that cut 16-bit lanes out of words."""
 
 FEW_DRAWS = 1024
@@ -27,39 +27,35 @@ class _Stream(threading.local):
     def __init__(self) -> None:
         self.generator = torch.Generator()
 
-    def at(self, seed: Tensor) -> torch.Generator:
-        return self.generator.manual_seed(int(seed))
-
 
 _stream = _Stream()
 
 
-def bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+def bits(seed: int, M: int, K: int, p: float) -> Tensor:
     """[M, K] bool on a CPU, true where an element is dropped, the same for the same seed: of 16 bits' probability."""
-    generator = _stream.at(seed)
-    if M * K <= FEW_BITS:
-        return _nothing(M, K).bernoulli(reference.dropout_threshold(p) / 65536, generator=generator)
+    share, bound, like = _bits(M, K, p)
+    generator = _stream.generator.manual_seed(seed)
+    if like is not None:
+        return like.bernoulli(share, generator=generator)
     words = torch.randint(-(2**63), 2**63 - 1, (M, -(-K // 4)), generator=generator, device="cpu")  # four lanes each
-    gone = words.view(torch.int16) < _bound(p)
+    gone = words.view(torch.int16) < bound
     return gone if K % 4 == 0 else gone[:, :K]
 
 
 @lru_cache
-def _nothing(M: int, K: int) -> Tensor:
-    """An [M, K] to be like, of one byte: a call less than an empty one."""
-    return torch.zeros((), dtype=torch.bool, device="cpu").expand(M, K)
-
-
-@lru_cache
-def _bound(p: float) -> Tensor:
-    """The 16-bit lane, with a sign, below which an element is dropped: a tensor, for a number takes twice the time."""
-    return torch.tensor(reference.dropout_threshold(p) - 2**15, dtype=torch.int16, device="cpu")
+def _bits(M: int, K: int, p: float) -> tuple[float, Tensor, Tensor | None]:
+    """The share of lanes that are dropped; the lane, with a sign, below which they lie, a tensor because a number takes
+    twice the time; and for `FEW_BITS` an [M, K] to be like, of one byte, because an empty one is one call more."""
+    threshold = reference.dropout_threshold(p)
+    bound = torch.tensor(threshold - 2**15, dtype=torch.int16, device="cpu")
+    like = torch.zeros((), dtype=torch.bool, device="cpu").expand(M, K) if M * K <= FEW_BITS else None
+    return threshold / 65536, bound, like
 
 
 def dropped(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """What the torch backend drops from an [M, K] tensor, as an index into it flattened: its bits, or its holes."""
     few = M * K <= FEW_ELEMENTS and seed.device.type == "cpu"
-    return bits(seed, M, K, p).reshape(-1) if few else holes(seed, M, K, p)
+    return bits(int(seed), M, K, p).reshape(-1) if few else holes(seed, M, K, p)
 
 
 def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
@@ -71,7 +67,7 @@ def holes(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     if seed.device.type != "cpu":
         return (~reference.dropout_mask(seed, M, K, p)).view(-1).nonzero().view(-1)
     size = M * K
-    generator = _stream.at(seed)
+    generator = _stream.generator.manual_seed(int(seed))
     expected = size * p
     draws = int(expected + 6 * math.sqrt(expected * (1 - p)) + 16)  # six sigma: one pass is enough
     runs, end = [], -1

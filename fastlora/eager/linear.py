@@ -27,8 +27,8 @@ def lora_linear(
     p: float,
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
-    if few.applies(x, x.numel(), seed):
-        return few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)
+    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+        return few.forward(x, w, bias, a, b, lora_bias, _number(seed), scale, p)
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
@@ -48,8 +48,8 @@ def lora_update(
 ) -> tuple[Tensor, Tensor]:
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
-    if few.applies(x, x.numel(), seed):
-        h = few.add_update_(out, x, a, b, lora_bias, seed, scale, p)
+    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+        h = few.add_update_(out, x, a, b, lora_bias, _number(seed), scale, p)
         return out.to(dtype), h
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
@@ -75,8 +75,8 @@ def lora_backward(
     x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
     """
     M, K = dy.shape[0], a.shape[1]
-    if few.applies(dy, M * K, seed):
-        return few.backward(dy, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
+    if few.applies(dy, M * K, p if seed is not None else 0.0):
+        return few.backward(dy, x, w, a, b, h, _number(seed), scale, p, want_dx, want_da, want_db)
     thin = thin_dtype(dy, b)
     dy_thin, b_thin = dy.to(thin), b.to(thin)
     dx = da = db = None
@@ -99,3 +99,7 @@ def lora_backward(
         if base is not None:
             flat[gone] = base
     return dx, da, db
+
+
+def _number(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed)
