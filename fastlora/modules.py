@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
         return dispatch.decide(x, self.out_features, self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
+        if self._frozen is not None:
             return nn.functional.linear(x, self.weight, self.bias)
         lora_A, lora_B = self._modules["lora_A"], self._modules["lora_B"]
         return lora_linear(

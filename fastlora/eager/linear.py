@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from fastlora.eager import few
 from fastlora.eager.dropout import holes
-from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, with_bias
+from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -28,7 +28,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
     if few.applies(x, x.numel(), p if seed is not None else 0.0):
-        return few.forward(x, w, bias, a, b, lora_bias, _number(seed), scale, p)
+        y, h = few.forward(x, w, bias, a, b, lora_bias, _number(seed), scale, p)
+        return y, h.to(wide_dtype(x))
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
@@ -50,7 +51,7 @@ def lora_update(
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
     if few.applies(x, x.numel(), p if seed is not None else 0.0):
         h = few.add_update_(out, x, a, b, lora_bias, _number(seed), scale, p)
-        return out.to(dtype), h
+        return out.to(dtype), h.to(wide_dtype(x))
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
     return add_low_rank_(out, *with_bias(h, b, lora_bias), scale).to(dtype), h
@@ -81,7 +82,12 @@ def lora_backward(
     dy_thin, b_thin = dy.to(thin), b.to(thin)
     dx = da = db = None
     if want_db and h is not None:
-        db = torch.addmm(b_thin, dy_thin.t(), h.to(thin), beta=0, alpha=scale).to(b.dtype)  # β = 0: b unread
+        h_thin = h.to(thin)
+        if thin.itemsize == 2:
+            db = torch.addmm(b_thin, dy_thin.t(), h_thin, beta=0, alpha=scale)  # β = 0: b unread
+        else:  # (hᵀ·dy)ᵀ: in fp32 MKL takes twice as long over [N, R] as over [R, N]
+            db = torch.addmm(b_thin.t(), h_thin.t(), dy_thin, beta=0, alpha=scale).t().contiguous()
+        db = db.to(b.dtype)
     if not (want_dx or want_da):
         return dx, da, db
     gone = None

@@ -11,8 +11,9 @@ from fastlora.reference import dropout_scale
 FEW_PRODUCTS = 2**15
 """R·K up to which few rows of bf16 or fp16 multiply faster in fp32: a 16-bit product costs 17 µs however small."""
 
-MANY_OUTPUTS = 2**17
-"""M·N from which a bf16 product of split factors, in place, beats an fp32 product rounded once (up to rank 32)."""
+MANY_OUTPUTS = 2**18
+"""M·N from which a bf16 product of split factors, in place, beats an fp32 product rounded once (up to rank 32): below,
+an fp32 copy of y fits the caches, and splitting the factors costs more (0.7× of it at M = 128, N = 1024)."""
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import dispatch, ops
 from fastlora.checks import check_linear, check_update
-from fastlora.functional.rules import draw_number, draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows
+from fastlora.functional.rules import (
+    draw_number,
+    draw_seed,
+    face,
+    fold,
+    no_second_derivative,
+    opaque,
+    standalone,
+    sum_rows,
+)
 
 
 def _save(ctx: Any, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, h: Tensor, seed: Tensor | None) -> None:
