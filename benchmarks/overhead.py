@@ -1,6 +1,6 @@
 """Suite `overhead`: host time per call of few rows on a layer too small to compute anything.
 
-In evaluation and in training: evaluation is a forward under `no_grad`; training is a forward that autograd records and its backward.
+Evaluation is a forward under `no_grad`; training is a forward that autograd records and its backward.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> _Adapter |
     if name in layer.lora_variant:
         return f"adapter {name!r} is a variant: {type(layer.lora_variant[name]).__name__}"
     dropout = layer._modules["lora_dropout"]._modules[name]
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
+    if not (type(lora_A) is type(lora_B) is nn.Linear and type(dropout) in _DROPOUTS):
         kinds = ", ".join(type(module).__name__ for module in (lora_A, lora_B, dropout))
         return f"adapter {name!r} is made of {kinds}, not of two Linear and Dropout or Identity"
     if _hooked(lora_A) or _hooked(lora_B) or _hooked(dropout):

@@ -46,12 +46,12 @@ def add_update_(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor | None, seed: int | None, scale: float, p: float
 ) -> Tensor:
     """y += scale·drop(x)·aᵀ·bᵀ + scale·lora_bias in place, rounded once.   Returns h."""
-    grow = 1.0
+    given, grow = x, 1.0
     if not x.dtype is a.dtype is b.dtype:
         wide = wide_dtype(x)
         x, a, b = _as(x, wide), _as(a, wide), _as(b, wide)
     if seed is not None:
-        x, grow = x.masked_fill(bits(seed, x.shape[0], x.shape[1], p), 0), dropout_scale(p)
+        x, grow = _kept(x, bits(seed, x.shape[0], x.shape[1], p), given), dropout_scale(p)
     h = linear(x, a)
     if lora_bias is None:
         y.add_(linear(h, b), alpha=scale * grow)
@@ -80,18 +80,22 @@ def backward(
         dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
     dx = da = db = gone = None
+    given = x
     d, a_dtype, b_dtype = dy, a.dtype, b.dtype
     if mixed := not dy.dtype is a_dtype is b_dtype:
         wide = wide_dtype(dy)
         d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
         x = _as(x, wide) if x is not None and want_da else None
     if seed is not None:
-        gone, scale = bits(seed, dy.shape[0], a.shape[1], p), scale * dropout_scale(p)
-    unscaled = d.mm(b)  # dh without its scale, which the next products bring
+        scale *= dropout_scale(p)
+        if want_dx or want_da:
+            gone = bits(seed, dy.shape[0], a.shape[1], p)
     if want_db and h is not None:
         db = torch.addmm(b, d.t(), _as(h, b.dtype), beta=0, alpha=scale)  # β = 0: b unread
+    if want_dx or want_da:
+        unscaled = d.mm(b)  # dh without its scale, which the next products bring
     if want_da and x is not None:
-        kept = x if gone is None else x.masked_fill(gone, 0)
+        kept = x if gone is None else _kept(x, gone, given)
         da = torch.addmm(a, unscaled.t(), kept, beta=0, alpha=scale)
     if want_dx:
         dx = unscaled.mm(a)
@@ -106,3 +110,8 @@ def backward(
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), which even where there is nothing to do takes 1 µs."""
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def _kept(x: Tensor, gone: Tensor, given: Tensor | None) -> Tensor:
+    """x without what is gone, in place where x is a cast of the one that was given."""
+    return x.masked_fill(gone, 0) if x is given else x.masked_fill_(gone, 0)
