@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora import reference
 
-FEW_ELEMENTS = 2**12
+FEW_ELEMENTS = 2**14
 """M·K up to which a bit an element is drawn faster than the gaps: fewer calls."""
 
 FEW_BITS = 2**10
