@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from fastlora import dispatch, functional
 from fastlora.groups import owner
-from fastlora.peft.judge import Plan, judge_call, own
+from fastlora.modules import own
+from fastlora.peft.judge import Plan, judge_call
 
 
 @dataclass
