@@ -90,18 +90,18 @@ def backward(
         scale *= dropout_scale(p)
         if want_dx or want_da:
             gone = bits(seed, dy.shape[0], a.shape[1], p)
+    d = d * scale  # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
     if want_db and h is not None:
-        db = torch.addmm(b, d.t(), _as(h, b.dtype), beta=0, alpha=scale)  # β = 0: b unread
+        db = d.t().mm(_as(h, b.dtype))
     if want_dx or want_da:
-        unscaled = d.mm(b)  # dh without its scale, which the next products bring
+        dh = d.mm(b)
     if want_da and x is not None:
-        kept = x if gone is None else _kept(x, gone, given)
-        da = torch.addmm(a, unscaled.t(), kept, beta=0, alpha=scale)
+        da = dh.t().mm(x if gone is None else _kept(x, gone, given))
     if want_dx:
-        dx = unscaled.mm(a)
+        dx = dh.mm(a)
         if gone is not None:
             dx.masked_fill_(gone, 0)
-        dx = dy.mm(w).add_(dx, alpha=scale) if w is not None else dx.mul_(scale).to(dy.dtype)
+        dx = dy.mm(w).add_(dx) if w is not None else _as(dx, dy.dtype)
     if mixed:
         da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
     return dx, da, db
