@@ -32,13 +32,14 @@ FLAGS = {
     "group_shrink": ("3 members dropout",),
     "group_dy": ("3 members",),
     "group_x": ("3 members dropout",),
-    "group_dx": ("3 members", "3 members 1 dropout", "3 members dropout", "2 members dropout"),
+    "group_dx": ("3 members 1 dropout", "3 members dropout"),
     "group_add": ("3 members dropout",),
     "multi_shrink": ("3 layers",),
     "multi_expand": ("1 layer", "3 layers"),
     "multi_linear": ("bias",),
 }
-"""The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask."""
+"""The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask, and a
+group's with the one mask that its largest tiles take."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"))
 """dtypes of the big operands and of the adapter."""
