@@ -60,9 +60,13 @@ def make(
 
 
 def projections(t: Leaves, ps: tuple[float, ...]) -> list[Projection]:
-    names = ("a", "b")
+    def of(i: int) -> list[Tensor | None]:
+        return [t.get(f"{name}{i}") for name in ("a", "b")]
+
     return [
-        Projection(t[f"w{i}"], t[f"bias{i}"], *(t.get(f"{n}{i}") for n in names), SCALINGS[i], t.get(f"lora_bias{i}"), p)
+        Projection(
+            t[f"w{i}"], t[f"bias{i}"], *of(i), SCALINGS[i], t.get(f"lora_bias{i}"), p
+        )
         for i, p in enumerate(ps)
     ]
 
@@ -359,11 +363,11 @@ def test_bad_input_names_the_layer() -> None:
     gate, up, down = projections(t, (0.0,) * 3)
     with pytest.raises(ValueError, match="activation: got 'swish', wanted one of"):
         lora_gated_mlp(t["x"], gate, up, down, "swish")
-    with pytest.raises(TypeError, match="up: got tuple, wanted a fastlora.functional.Projection"):
+    with pytest.raises(TypeError, match=r"up: got tuple, wanted a fastlora\.functional\.Projection"):
         lora_gated_mlp(t["x"], gate, tuple(up), down, "silu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"gate: lora_A: got shape \(5, 60\)"):
         lora_gated_mlp(t["x"], gate._replace(lora_A=gate.lora_A[:, :60]), up, down, "silu")  # type: ignore[index]
-    with pytest.raises(ValueError, match="up: weight: got shape .*the shape of gate's"):
+    with pytest.raises(ValueError, match=r"up: weight: got shape .*the shape of gate's"):
         lora_gated_mlp(t["x"], gate, Projection(torch.randn(7, 61)), down, "silu")
     with pytest.raises(ValueError, match=r"down: x: got shape \(0, 311\), wanted \[..., 61\]"):
         lora_gated_mlp(t["x"], gate, up, gate, "silu")
