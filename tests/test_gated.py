@@ -64,10 +64,7 @@ def projections(t: Leaves, ps: tuple[float, ...]) -> list[Projection]:
         return [t.get(f"{name}{i}") for name in ("a", "b")]
 
     return [
-        Projection(
-            t[f"w{i}"], t[f"bias{i}"], *of(i), SCALINGS[i], t.get(f"lora_bias{i}"), p
-        )
-        for i, p in enumerate(ps)
+        Projection(t[f"w{i}"], t[f"bias{i}"], *of(i), SCALINGS[i], t.get(f"lora_bias{i}"), p) for i, p in enumerate(ps)
     ]
 
 
