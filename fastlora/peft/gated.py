@@ -27,23 +27,25 @@ OPT_OUT = "fastlora_gated"
 class _Gated(nn.Module):
     """The forward of every patched MLP, ahead of its own class in the method order: super().forward is its own."""
 
-    _structure: Structure
+    _structure: Structure | None = None
     fastlora_gated = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """y = down(act(gate(x)) * up(x)) of x: [..., K]."""
-        x = _only(self._structure.x, args, kwargs)
+        structure = self._structure
+        x: Any = _only(structure.x, args, kwargs) if structure is not None else None
         layers = projections(self, x) if x is not None else "further arguments"
-        if isinstance(layers, str):
+        if structure is None or isinstance(layers, str):
             return super().forward(*args, **kwargs)
         gate, up, down = layers
-        return functional.lora_gated_mlp(x, gate, up, down, self._structure.activation)
+        return functional.lora_gated_mlp(x, gate, up, down, structure.activation)
 
     def decide(self, x: Tensor) -> Decision:
         """Which path forward would take for x, and why."""
-        layers, s = projections(self, x), self._structure
-        if isinstance(layers, str):
-            return Decision("layers", None, None, f"{s.gate}, {s.up} and {s.down} one by one: {layers}")
+        s = self._structure
+        layers = projections(self, x) if s is not None else "it was unpatched"
+        if s is None or isinstance(layers, str):
+            return Decision("layers", None, None, f"its layers one by one: {layers}")
         R = max(len(layer.lora_A) for layer in layers if layer.lora_A is not None)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -53,8 +55,8 @@ class _Gated(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         make, arguments, *state = reduced
-        if make is not copyreg.__newobj__:  # type: ignore[attr-defined]  # its class has a way of its own
-            return reduced
+        if make is not copyreg.__newobj__ or not _made_here(type(self)):  # type: ignore[attr-defined]
+            return reduced  # its class has a way of its own
         return _new, (type(self).__bases__[1], *arguments[1:]), *state
 
 
@@ -66,6 +68,11 @@ def told(structure: Structure) -> str:
 def _class(own: Any) -> Any:
     """A class of the same name over `own`, with our forward."""
     return type(own.__name__, (_Gated, own), {"__module__": own.__module__, "__qualname__": own.__qualname__})
+
+
+def _made_here(cls: type) -> bool:
+    """Whether it is a class of `_class`, not one that FSDP2 made over it."""
+    return cls.__bases__[0] is _Gated
 
 
 def _new(own: type, *arguments: Any) -> Any:
@@ -185,5 +192,6 @@ def ungate(model: nn.Module) -> None:
     """Give every patched MLP its own class back."""
     for module in model.modules():
         if isinstance(module, _Gated):
-            module.__class__ = type(module).__bases__[1]
-            del module._structure
+            module.__dict__.pop("_structure", None)  # which alone turns it off, where FSDP2 made a class over ours
+            if _made_here(type(module)):
+                module.__class__ = type(module).__bases__[1]
