@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import transformers
+from grouping import gated_calls
 from models import VOCABULARY, assert_parity, batch, lora_config, lora_layers, peft_model, step
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.nn import functional as F
 from transformers import activations
 
 import fastlora
-from fastlora import dispatch, functional, ops
+from fastlora import dispatch, ops
 from fastlora.peft.structure import find
 
 MLP = "base_model.model.model.layers.0.mlp"
@@ -31,12 +30,6 @@ MLP = "base_model.model.model.layers.0.mlp"
 def _as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few the rows, one op."""
     monkeypatch.setattr(ops, "FEW_INPUTS", 0)
-
-
-@contextmanager
-def counted() -> Iterator[mock.Mock]:
-    with mock.patch.object(functional, "lora_gated_mlp", wraps=functional.lora_gated_mlp) as calls:
-        yield calls
 
 
 def family(name: str, **options: Any) -> PeftModel:
@@ -63,7 +56,7 @@ def test_families(name: str, activation: str) -> None:
     x, found = torch.randn(2, 5, 64, dtype=torch.float64), []
     for each in (model, own):
         mlp, inner = each.get_submodule(MLP), x.clone().requires_grad_()
-        with counted() as calls:
+        with gated_calls() as calls:
             y = mlp(inner)
         assert calls.call_count == (each is model)
         y.square().sum().backward()
@@ -159,6 +152,11 @@ def without_autocast(self: Any, x: Tensor) -> Tensor:
         return self.three(F.silu(self.one(x)) * self.two(x))
 
 
+def keeping(self: Any, x: Tensor) -> Tensor:
+    self.last = self.one(x)
+    return self.three(F.silu(self.last) * self.two(x))
+
+
 OTHERS: dict[str, tuple[Any, str | None]] = {
     "residual": (lambda self, x: x + self.three(F.silu(self.one(x)) * self.two(x)), "not a child's output"),
     "scaled": (lambda self, x: self.three(2 * F.silu(self.one(x)) * self.two(x)), "is none of"),
@@ -173,6 +171,7 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
     "mode": (lambda self, x: self.three((F.silu if self.training else F.relu)(self.one(x)) * self.two(x)), "training"),
     "no_grad": (without_gradients, "changes grad mode or autocast"),
     "autocast": (without_autocast, "changes grad mode or autocast"),
+    "keeps": (keeping, "keeps something"),
     "no product": (lambda self, x: self.three(F.silu(self.one(x)) + self.two(x)), None),
 }
 
@@ -180,7 +179,10 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_computes_something_else_is_left(name: str) -> None:
     body, reason = OTHERS[name]
-    structure = find(forward_of(body)())
+    module = forward_of(body)()
+    before, states = dict(vars(module)), torch.get_rng_state()
+    structure = find(module)
+    assert vars(module) == before and torch.equal(torch.get_rng_state(), states)
     assert structure is None if reason is None else isinstance(structure, str) and reason in structure
 
 
@@ -202,7 +204,7 @@ def test_plain_layers_beside_adapted_ones(targets: list[str]) -> None:
     model, x = mine(target_modules=targets), torch.randn(3, 12, dtype=torch.float64)
     expected = model(x)
     assert fastlora.patch(model).gated
-    with counted() as calls:
+    with gated_calls() as calls:
         assert torch.allclose(model(x), expected, rtol=1e-12)
         assert torch.allclose(model.base_model.model.mlp(hidden=x), expected, rtol=1e-12)
         assert calls.call_count == 2
@@ -293,7 +295,7 @@ def test_a_state_that_one_op_would_miss(enter: Callable[[Any], Callable[[], Any]
     leave_theirs = enter(theirs.base_model.model.mlp)
     decision = fastlora.explain(mlp, x)
     assert decision.path == "layers" and STATES[enter] in decision.why
-    with counted() as calls:
+    with gated_calls() as calls:
         assert torch.allclose(ours(x), theirs(x), rtol=1e-10)
         assert calls.call_count == 0
         leave()
@@ -307,7 +309,7 @@ def test_a_hook_of_the_mlp_itself_runs() -> None:
     model, x = mine(), torch.randn(3, 12, dtype=torch.float64)
     fastlora.patch(model)
     model.base_model.model.mlp.register_forward_hook(lambda module, args, y: 0 * y)
-    with counted() as calls:
+    with gated_calls() as calls:
         assert not model(x).any() and calls.call_count == 1
 
 
@@ -315,7 +317,7 @@ def test_a_mixed_batch_is_pefts() -> None:
     model, inputs = peft_model().eval(), batch()
     model.add_adapter("other", lora_config())
     fastlora.patch(model)
-    with counted() as calls, torch.no_grad():
+    with gated_calls() as calls, torch.no_grad():
         model(**inputs, adapter_names=["default", "other", "__base__"])
         assert calls.call_count == 0
         with model.disable_adapter():
@@ -329,7 +331,7 @@ def test_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = peft_model(), batch()
     report = fastlora.patch(model, gated=False)
     assert not report.gated and set(report.ungated.values()) == {"patch(gated=False)"}
-    with counted() as calls, torch.no_grad():
+    with gated_calls() as calls, torch.no_grad():
         model(**inputs)
         model.get_submodule(MLP).fastlora_gated = False
         assert len(fastlora.patch(model).gated) == 1
@@ -345,7 +347,7 @@ def test_few_rows_run_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     fastlora.patch(model)
     monkeypatch.setattr(ops, "FEW_INPUTS", 10**6)
     assert "few rows" in fastlora.explain(model.get_submodule(MLP), torch.randn(2, 64)).why
-    with counted() as calls:
+    with gated_calls() as calls:
         model(**inputs)
     assert calls.call_count == 0
 
@@ -362,6 +364,14 @@ def test_nothing_but_the_class_changes() -> None:
     assert first == fastlora.patch(model)
     fastlora.unpatch(model)
     assert before == {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
+
+
+def test_merging_for_good_leaves_nothing_of_ours() -> None:
+    model = peft_model()
+    fastlora.patch(model)
+    merged = model.merge_and_unload()
+    mlp = merged.model.layers[0].mlp
+    assert type(mlp) is transformers.models.llama.modeling_llama.LlamaMLP and "_structure" not in vars(mlp)
 
 
 def through_torch_save(model: nn.Module) -> nn.Module:
@@ -382,7 +392,7 @@ def test_copies_are_patched_too(through: Callable[[nn.Module], nn.Module]) -> No
             p.mul_(1.5)
         expected = copy.deepcopy(other)
         fastlora.unpatch(expected)
-        with counted() as calls:
+        with gated_calls() as calls:
             assert torch.allclose(other(**inputs).logits, expected(**inputs).logits, rtol=1e-4, atol=1e-5)
             assert calls.call_count == 2
             assert not torch.allclose(model(**inputs).logits, expected(**inputs).logits, rtol=1e-2)
@@ -396,7 +406,7 @@ def test_a_replica_runs_its_own_layers() -> None:
     mlp = model.base_model.model.mlp
     replica = mlp._replicate_for_data_parallel()
     replica.three = nn.Linear(20, 12).double()
-    with counted() as calls:
+    with gated_calls() as calls:
         replica(torch.randn(3, 12, dtype=torch.float64))
     assert calls.call_args.args[3].weight is replica.three.weight
 
@@ -438,7 +448,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_is_pefts(name: str) -> None:
-    with counted() as calls:
+    with gated_calls() as calls:
         assert_parity(lambda: family("Gemma"), RUNS[name], draws=2)
     assert calls.call_count >= 4 or name == "compiled"
 
@@ -457,7 +467,7 @@ def test_bf16_with_default_adapters_is_pefts() -> None:
         model.base_model.model.lm_head.bfloat16()
         return model
 
-    with counted() as calls:
+    with gated_calls() as calls:
         assert_parity(build, trained, draws=2)
     assert calls.call_count == 4
 
@@ -477,6 +487,6 @@ def test_ten_steps_of_training() -> None:
         assert losses["loss 9"] < losses["loss 0"]
         return {**losses, **parameters}
 
-    with counted() as calls:
+    with gated_calls() as calls:
         assert_parity(lambda: peft_model(init_lora_weights=True), run, draws=2)
     assert calls.call_count == 2 * 2 * 10

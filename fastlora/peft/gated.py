@@ -7,6 +7,7 @@ the one judge says of each of them whether it may be passed over; if not, the cl
 from __future__ import annotations
 
 import copyreg
+import weakref
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -164,7 +165,8 @@ def gate(model: nn.Module, lora: set[int], wanted: bool) -> tuple[dict[str, str]
     gated: dict[str, str] = {}
     left: dict[str, str] = {}
     for name, module in list(model.named_modules()):
-        if not any(id(child) in lora for child in module.children()):
+        adapted = [child for child in module.children() if id(child) in lora]
+        if not adapted:
             continue
         structure = find(module)
         if structure is None:
@@ -180,12 +182,21 @@ def gate(model: nn.Module, lora: set[int], wanted: bool) -> tuple[dict[str, str]
             kind: Any = type(module)
             module.__class__ = _class(kind)
             module._structure = structure
+            for child in adapted:
+                weakref.finalize(child, _release, weakref.ref(module))
             layers = projections(module)
             if isinstance(layers, str):
                 left[name] = layers
             else:
                 gated[name] = told(structure)
     return gated, left
+
+
+def _release(reference: weakref.ref[nn.Module]) -> None:
+    """After a LoRA layer is gone: if it was the MLP's last (merge_and_unload), nothing of ours stays either."""
+    module = reference()
+    if module is not None and not any(type(child) in LIBRARY for child in module.children()):
+        ungate(module)
 
 
 def ungate(model: nn.Module) -> None:

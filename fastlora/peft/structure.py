@@ -8,13 +8,13 @@ one, and erf's is another.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
+from fastlora.groups import unchanged
 from fastlora.reference import ACTIVATIONS
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
@@ -68,16 +68,21 @@ def _modes() -> tuple[Any, ...]:
 
 def find(module: nn.Module) -> Structure | str | None:
     """What the module is made of, if it is a gated MLP; otherwise why it is none, or None where nothing is gated."""
-    found = None
-    with _as_it_was(module):
+    found, before = None, module.training
+    try:
         for training in (True, False):
             module.training = training
-            structure = _match(module)
+            with unchanged(module) as kept:
+                structure = _match(module)
+                if not (structure is None or isinstance(structure, str)) and kept():
+                    structure = "it keeps something of what it computes"
             if structure is None or isinstance(structure, str):
                 return structure
             if found not in (None, structure):
                 return "it computes one thing in training and another in evaluation"
             found = structure
+    finally:
+        module.training = before
     assert found is not None
     return found
 
@@ -85,15 +90,6 @@ def find(module: nn.Module) -> Structure | str | None:
 def looks_like_one(module: nn.Module) -> bool:
     """Whether someone would take the module for an MLP: a child is one of the activations."""
     return any(not list(child.children()) and _named(child, [child]) is not None for child in module.children())
-
-
-@contextmanager
-def _as_it_was(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    try:
-        yield
-    finally:
-        module.training = training
 
 
 def _match(module: nn.Module) -> Structure | str | None:
@@ -161,14 +157,23 @@ def _back(act: Any, x: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
     return gate, sorted(between, key=order.index)
 
 
-def _function(module: nn.Module, gate: fx.Node, between: list[fx.Node]) -> fx.GraphModule:
+def _function(module: nn.Module, gate: fx.Node, between: list[fx.Node]) -> Callable[[Tensor], Any]:
     """g ↦ what the nodes between compute."""
-    graph = fx.Graph()
-    copies = {gate: graph.placeholder("g")}
-    for node in between:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(copies[between[-1]])
-    return fx.GraphModule(module, graph)
+
+    def run(g: Tensor) -> Any:
+        values: dict[fx.Node, Any] = {gate: g}
+        for node in between:
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            if node.op == "call_module":
+                values[node] = module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[between[-1]]
+
+    return run
 
 
 def _grid() -> Tensor:
