@@ -18,6 +18,7 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 AXES = {
     "shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR",
     "group_shrink": "MK", "group_dy": "MNK", "group_x": "MK", "group_dx": "MNKR", "group_add": "MNR",
+    "glu": "MK", "glu_backward": "MK",
     "multi_shrink": "KR", "multi_expand": "NR", "multi_linear": "MNKR", "reduce": "", "count": "", "route": "",
 }  # fmt: skip
 """The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
@@ -34,6 +35,8 @@ FLAGS = {
     "group_x": ("3 members dropout",),
     "group_dx": ("3 members 1 dropout", "3 members dropout"),
     "group_add": ("3 members dropout",),
+    "glu": ("gelu dropout", "silu"),
+    "glu_backward": ("gelu z", "gelu_tanh z"),
     "multi_shrink": ("3 layers",),
     "multi_expand": ("1 layer", "3 layers"),
     "multi_linear": ("bias",),
@@ -43,6 +46,9 @@ group's with the one mask that its largest tiles take."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"))
 """dtypes of the big operands and of the adapter."""
+
+NO_ADAPTER = ("glu_backward",)
+"""Kernels that no adapter meets: a mix of dtypes is none to them."""
 
 RANKS = (512, 64, 16)
 ROWS, FEATURES = 8192, 4096
@@ -103,6 +109,10 @@ class Case:
                 kernels.x_pass(x, h, adapter, p=p, seed=seed, config=t)
             case "dx":
                 kernels.dx(dy, w, h, a, p=p, seed=seed, config=t)
+            case "glu":
+                kernels.glu(x, dy, self.flags.split()[0], a, p=p, seed=seed, config=t)
+            case "glu_backward":
+                kernels.glu_backward(x, dy, of(M, K), self.flags.split()[0], want_z=True, config=t)
             case "reduce":
                 reduce(of(4, N, R, dtype=torch.float32), of(N, R, dtype=adapter))
             case "count" | "route":
@@ -184,6 +194,8 @@ def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
     for row in table(arch)["tiles"][kernel]:
         t, rows, features = Tile(**row["tile"]), row.get("max_M", ROWS), row.get("max_N", FEATURES)
         for main, adapter in MIXES:
+            if kernel in NO_ADAPTER and main != adapter:
+                continue
             for flags in FLAGS[kernel]:
                 for rank in ranks(kernel, t):
                     if tile(kernel, arch, DTYPES[main], rows, features, rank, t.tma, masks(flags)) == t:

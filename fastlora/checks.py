@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastlora.reference import ACTIVATIONS, Projection
 
 _PLAIN = {Tensor, nn.Parameter}
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
@@ -152,6 +155,28 @@ def check_group(
             autocast = check_linear(x, weight, bias, a, b, scaling, p, lora_bias)
         except (TypeError, ValueError) as error:
             raise type(error)(f"member {i}: {error}") from None
+    return autocast
+
+
+def check_gated(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> torch.dtype | None:
+    """As `check_linear` for the layers of a gated MLP, each a `Projection`: gate and up of x, down of their outputs."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, wanted one of {tuple(ACTIVATIONS)}")
+    read = x
+    for name, layer in (("gate", gate), ("up", up), ("down", down)):
+        if not isinstance(layer, Projection):
+            raise TypeError(f"{name}: got {type(layer).__name__}, wanted a fastlora.functional.Projection")
+        weight, bias, a, b, scaling, lora_bias, p = layer
+        if name == "down" and isinstance(weight, Tensor):
+            read = x.new_empty((0, gate.weight.shape[0]))
+        try:
+            autocast = check_group(read, [weight], [bias], [a], [b], [scaling], [p], [lora_bias])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {str(error).removeprefix('member 0: ')}") from None
+        if name == "up" and weight.shape[0] != gate.weight.shape[0]:
+            raise ValueError(
+                f"up: weight: got shape {tuple(weight.shape)}, wanted {tuple(gate.weight.shape)}, the shape of gate's"
+            )
     return autocast
 
 

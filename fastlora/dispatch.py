@@ -41,7 +41,7 @@ env = Environment()
 class Decision:
     """One op's path: `path` runs it by `strategy` with `tile`, because of `why`.
 
-    path: "triton", "torch" or "peft" (PEFT's own forward).
+    path: "triton", "torch", "layers" (a gated MLP, layer by layer) or "peft" (PEFT's own forward).
     strategy: "fused" (one GEMM with the low-rank prologue), "split" (the base's GEMM, then one expand in place).
     tile: the launch configuration.   Both are None off Triton.
     """
@@ -97,10 +97,10 @@ def decide(x: Tensor, N: int, R: int, asked: str | None = None, dtype: torch.dty
 
 
 def explain(layer: Any, x: Tensor) -> Decision:
-    """What `layer` (a LoRALinear, or a layer of a patched PEFT model) would do with x, and why; runs nothing."""
+    """What `layer` (a LoRALinear; a layer or gated MLP that was patched) would do with x, and why; runs nothing."""
     decide_for = getattr(layer, "decide", None)
     if decide_for is None:
-        raise TypeError(f"layer: got {type(layer).__name__}, wanted a fastlora.LoRALinear or a patched PEFT layer")
+        raise TypeError(f"layer: got {type(layer).__name__}, wanted a fastlora.LoRALinear, or a patched layer or MLP")
     decision: Decision = decide_for(x)
     return decision
 

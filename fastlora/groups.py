@@ -69,20 +69,37 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
 
         return forward
 
+    with unchanged(model):
+        for module in model.modules():
+            vars(module).update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+            if id(module) in names or _linear(module):
+                vars(module)["forward"] = stub(module)
+        yield
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Inside, code of the model's may keep what it likes; on the way out attributes and random states are as they were.
+
+    Gives a function: whether anything has been kept so far.
+    """
     before, random_state = [(vars(module), _contents(vars(module))) for module in model.modules()], random.getstate()
-    for module in model.modules():
-        vars(module).update(training=False, _forward_hooks={}, _forward_pre_hooks={})
-        if id(module) in names or _linear(module):
-            vars(module)["forward"] = stub(module)
+    containers = [pair for attributes, (own, *others) in before for pair in ((attributes, own), *others)]
     try:
         with torch.random.fork_rng(devices=()):
-            yield
+            yield lambda: any(_ids(container) != _ids(content) for container, content in containers)
     finally:
         random.setstate(random_state)
-        for attributes, contents in before:
-            for container, content in [(attributes, contents[0]), *contents[1:]]:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
+        for container, content in containers:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _ids(container: Any) -> list[Any]:
+    """Which objects are in it."""
+    return (
+        [(key, id(value)) for key, value in container.items()] if isinstance(container, dict) else [*map(id, container)]
+    )
 
 
 def _contents(attributes: dict[str, Any]) -> list[Any]:

@@ -6,7 +6,9 @@ and each result is rounded once.  (Hu et al. 2021, "LoRA", §4.1; Salmon et al. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -209,6 +211,82 @@ def lora_linear_group(
             )
         )  # fmt: skip
     return tuple(ys)
+
+
+class Projection(NamedTuple):
+    """One of the three layers of a gated MLP, as in `lora_linear`; a plain layer where lora_A and lora_B are None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    lora_A: Tensor | None = None
+    lora_B: Tensor | None = None
+    scaling: float | Tensor = 1.0
+    lora_bias: Tensor | None = None
+    dropout_p: float = 0.0
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": lambda g: 0.5 * g * (1 + torch.erf(g * math.sqrt(0.5))),
+    "gelu_tanh": lambda g: 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
+    "relu": lambda g: g.clamp(min=0),
+    "relu2": lambda g: g.clamp(min=0) ** 2,
+}
+"""What may gate: Elfwing et al. 2017 for SiLU, Hendrycks and Gimpel 2016 for both GELUs, So et al. 2021 for ReLU²."""
+
+
+def glu(
+    g: Tensor, u: Tensor, activation: str, a: Tensor | None = None, *, p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """z = act(g) ⊙ u, rounded once, and h = drop(z)·aᵀ of that z: what a gated MLP's last layer reads.
+
+    g, u: [M, I].   activation: one of ACTIVATIONS.   a: [R, I] or None.   Returns z in g's dtype, h: [M, R] fp32.
+    """
+    wide = _wide(g)
+    z = (ACTIVATIONS[activation](g.to(wide)) * u.to(wide)).to(g.dtype)
+    return z, None if a is None else shrink(z, a, p=p, seed=seed)
+
+
+def glu_backward(g: Tensor, u: Tensor, dz: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """dg = dz ⊙ u ⊙ act'(g)   and   du = dz ⊙ act(g), each rounded once.   Returns both in g's dtype."""
+    wide = _wide(g)
+    with torch.enable_grad():
+        inner = g.detach().to(wide).requires_grad_()
+        gate = ACTIVATIONS[activation](inner)
+        (slope,) = torch.autograd.grad(gate.sum(), inner)
+    return (dz.to(wide) * u.to(wide) * slope).to(g.dtype), (dz.to(wide) * gate.detach()).to(g.dtype)
+
+
+def lora_gated_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str,
+    *,
+    training: bool = True,
+    backend: str | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """y = down(act(gate(x)) ⊙ up(x)), each of the three with its low-rank update or plain.
+
+    x: [..., K].   activation: one of ACTIVATIONS.   seeds: [3] int64, drawn when dropout is on and none are given; the
+    masks are independent.   The rest as in `lora_linear`.   Returns y: [..., N] in x's dtype, rounded once as gate(x),
+    up(x) and their product are.
+    """
+    if training and any(layer.dropout_p for layer in (gate, up, down)) and seeds is None:
+        seeds = torch.randint(-(2**63), 2**63 - 1, (3,), device=x.device, dtype=torch.int64)
+
+    def run(x: Tensor, layer: Projection, at: int) -> Tensor:
+        (y,) = lora_linear_group(
+            x, [layer.weight], [layer.bias], [layer.lora_A], [layer.lora_B], [layer.scaling],
+            dropout_p=layer.dropout_p, training=training, lora_biases=[layer.lora_bias], backend=backend,
+            seeds=None if seeds is None else seeds[at : at + 1],
+        )  # fmt: skip
+        return y
+
+    z, _ = glu(run(x, gate, 0), run(x, up, 1), activation)
+    return run(z, down, 2)
 
 
 def multi_shrink(x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, slots: Tensor) -> Tensor:

@@ -49,6 +49,13 @@ def group_calls() -> Iterator[mock.Mock]:
         yield calls
 
 
+@contextmanager
+def gated_calls() -> Iterator[mock.Mock]:
+    """Count the calls of functional.lora_gated_mlp, which still run."""
+    with mock.patch.object(functional, "lora_gated_mlp", wraps=functional.lora_gated_mlp) as calls:
+        yield calls
+
+
 def found(model: nn.Module, **options: Any) -> set[str]:
     """The groups that patch finds: the last parts of the members' names, each group once whatever its layer."""
     report = fastlora.patch(model, **options)

@@ -17,7 +17,24 @@ from fastlora.functional import lora_linear
 from fastlora_kernels import Tile, device, strategy, table, tile
 
 TABLES = sorted(p.stem for p in (Path(fastlora_kernels.__file__).parent / "tables").glob("*.json"))
-KERNELS = ("shrink", "expand", "add", "dy", "x", "dx", "multi_shrink", "multi_expand", "multi_linear")
+KERNELS = (
+    "shrink",
+    "expand",
+    "add",
+    "dy",
+    "x",
+    "dx",
+    "group_shrink",
+    "group_dy",
+    "group_x",
+    "group_dx",
+    "group_add",
+    "glu",
+    "glu_backward",
+    "multi_shrink",
+    "multi_expand",
+    "multi_linear",
+)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZES = (1, 7, 16, 17, 64, 512, 4096, 10**6)
 

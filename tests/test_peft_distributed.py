@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from grouping import group_calls
+from grouping import gated_calls, group_calls
 from models import batch, counted, lora_layers, peft_model, step
 from tolerance import assert_all_close
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ def fsdp2_of_leaves(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def worker(rank: int, rendezvous: str, few: int) -> None:
+def worker(rank: int, rendezvous: str, few: int, mlps: bool) -> None:
     ops.FEW_INPUTS = few
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     for wrap in (ddp, fsdp2) if few else (ddp, fsdp2, fsdp2_of_leaves):
@@ -60,13 +60,17 @@ def worker(rank: int, rendezvous: str, few: int) -> None:
             model, inputs = peft_model("llama"), batch(rows=WORLD)
             mine = {name: value[rank : rank + 1] for name, value in inputs.items()}
             ours, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-            report = fastlora.patch(ours, strict=wrap is not fsdp2_of_leaves)
+            report = fastlora.patch(ours, strict=wrap is not fsdp2_of_leaves, gated=mlps)
             leaves = 4 if wrap is fsdp2_of_leaves else 0  # which PEFT's forward runs, and their siblings one by one
             groups = [] if few or leaves else report.groups
+            if mlps and not leaves:  # their gate and up are no group of their own, nor is down a layer
+                groups = [group for group in groups if "mlp" not in group[0]]
             ours = wrap(ours)
-            with counted() as calls, group_calls() as in_groups:
+            with counted() as calls, group_calls() as in_groups, gated_calls() as as_one:
                 actual = gradients(ours, mine)
-            assert calls == (len(report.patched) - leaves - sum(map(len, groups)), 0), calls
+            in_mlps = 3 * as_one.call_count
+            assert as_one.call_count == (len(report.gated) if mlps and not leaves else 0)
+            assert calls == (len(report.patched) - leaves - sum(map(len, groups)) - in_mlps, 0), calls
             assert in_groups.call_count == len(groups)
             draws.append((actual, gradients(wrap(model), mine), gradients(wrap(exact), mine)))
         assert_all_close(draws)
@@ -76,7 +80,9 @@ def worker(rank: int, rendezvous: str, few: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("few", [ops.FEW_INPUTS, 0], ids=["one by one", "in groups"])
-def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path, few: int) -> None:
+@pytest.mark.parametrize(
+    ("few", "mlps"), [(ops.FEW_INPUTS, False), (0, False), (0, True)], ids=["one by one", "in groups", "MLPs as one"]
+)
+def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path, few: int, mlps: bool) -> None:
     """Strict, so nothing fell back: FSDP2 hands its layers whole weights during forward and backward."""
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"), few), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"), few, mlps), nprocs=WORLD)

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import ops
+from fastlora.peft import gated
 
 
 @pytest.fixture(autouse=True)
 def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)  # MLPs as one have tests of their own
 
 
 IDS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlora_kernels.traffic import Group, Layer, Work
+from fastlora_kernels.traffic import Gated, Group, Layer, Work
 
 TYPICAL = Layer(M=8192, K=4096, N=4096, R=16)
 MIB = 2**20
@@ -54,6 +54,15 @@ def test_the_low_rank_term_is_about_one_percent_of_the_arithmetic() -> None:
 def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
     assert Work(1000, 10).seconds(rate=100, bandwidth=10) == 10
     assert Work(1000, 1000).seconds(rate=100, bandwidth=10) == 100
+
+
+def test_between_the_layers_of_a_gated_mlp() -> None:
+    """One writing of z, no reading of it for down's shrink; backward moves six tensors as wide as the MLP."""
+    gated, wide = Gated(M=8192, width=14336, R=16), 2 * 8192 * 14336
+    down = Layer(M=8192, K=14336, N=4096, R=16)
+    assert gated.glu().bytes == 3 * wide + down.shrink().bytes - wide and gated.glu().flops == down.shrink().flops
+    assert Gated(M=8192, width=14336, R=0).glu() == Work(0, 3 * wide)
+    assert gated.backward() == Work(0, 6 * wide) and gated.backward(want_z=False) == Work(0, 5 * wide)
 
 
 def test_an_unknown_pass_is_refused() -> None:

@@ -7,16 +7,20 @@ dropped elements instead of one number an element.
 
 from fastlora.eager import few
 from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
+from fastlora.eager.gated import activate, lora_gated, lora_gated_backward
 from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.linear import lora_backward, lora_linear, lora_update
 from fastlora.eager.multi import multi_update_
 
 __all__ = [
     "FEW_ELEMENTS",
+    "activate",
     "dropped",
     "few",
     "holes",
     "lora_backward",
+    "lora_gated",
+    "lora_gated_backward",
     "lora_group",
     "lora_group_backward",
     "lora_linear",

@@ -85,7 +85,7 @@ def lora_group(
     ys = [linear(x, w, b if b is None else b.to(x.dtype)) for w, b in zip(ws, biases, strict=True)]
     adapters, parts, gone = [a for a in as_ if a is not None], columns(as_), _gone(seeds, M, K, ps)
     thin = _thin(x, adapters)
-    if all(positions is None for positions in gone) and all(len(a) % STACKED == 0 for a in adapters):
+    if adapters and all(positions is None for positions in gone) and all(len(a) % STACKED == 0 for a in adapters):
         h = torch.mm(x.to(thin), _stacked(adapters, thin).t()).to(wide_dtype(x))
     else:
         h = x.new_empty((M, parts[-1].stop), dtype=wide_dtype(x))
@@ -120,7 +120,7 @@ def lora_group_backward(
     for dbs alone.   Returns dx: [M, K] in dy's dtype, das in the as', dbs in the bs' dtypes.
     """
     like = next(dy for dy in dys if dy is not None)
-    M, K = like.shape[0], next(a for a in as_ if a is not None).shape[1]
+    M, K = like.shape[0], next(t.shape[1] for t in (*as_, *ws) if t is not None)
     dbs, dhs = _dy_pass(dys, bs, h, columns(as_), scales, want_dx or any(want_das), want_dbs)
     gone = _gone(seeds, M, K, [p if dh is not None else 0.0 for p, dh in zip(ps, dhs, strict=True)])
     terms = [

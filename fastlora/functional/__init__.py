@@ -1,7 +1,9 @@
 """LoRA on bare tensors: the autograd rules, each written once."""
 
+from fastlora.functional.gated import lora_gated_mlp
 from fastlora.functional.group import lora_linear_group, together
 from fastlora.functional.linear import lora_linear, lora_update
 from fastlora.functional.rules import draw_seed
+from fastlora.reference import Projection
 
-__all__ = ["draw_seed", "lora_linear", "lora_linear_group", "lora_update", "together"]
+__all__ = ["Projection", "draw_seed", "lora_gated_mlp", "lora_linear", "lora_linear_group", "lora_update", "together"]

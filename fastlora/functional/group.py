@@ -151,7 +151,7 @@ def lora_linear_group(
     autocast = check_group(x, *given)
     where = dispatch.backend_of(x, backend)
     if not together(x, where, count) or all(a is None for a in lora_As):
-        return _apart(x, list(zip(*given, strict=True)), training, where)
+        return apart(x, list(zip(*given, strict=True)), training, where)
     if autocast is not None:
         x, weights = x.to(autocast), [w.to(autocast) for w in weights]
     probabilities = [float(p) if training and a is not None else 0.0 for p, a in zip(ps, lora_As, strict=True)]
@@ -183,7 +183,7 @@ def _run(
     return tuple(face("lora_group", x, backend)(*inputs)[0])
 
 
-def _apart(x: Tensor, members: Sequence[tuple[Any, ...]], training: bool, backend: str) -> tuple[Tensor, ...]:
+def apart(x: Tensor, members: Sequence[tuple[Any, ...]], training: bool, backend: str) -> tuple[Tensor, ...]:
     """One after the other, where a group of them costs more than it saves."""
     return tuple(
         linear(x, weight, bias)

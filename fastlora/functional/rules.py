@@ -60,14 +60,14 @@ def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 def standalone(name: str, setup: Any, backward: Any) -> None:
     """Give the op itself the same rule, so that torch.ops.fastlora.* differentiates (and compiles) on its own.
 
-    The op returns what `backward` has the gradient of, and h.
+    The op returns what `backward` has the gradient of, and then what is only kept for it.
     """
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
         setup(ctx, inputs, output)
 
-    torch.library.register_autograd(name, lambda ctx, dy, _: backward(ctx, dy), setup_context=setup_context)
+    torch.library.register_autograd(name, lambda ctx, dy, *_: backward(ctx, dy), setup_context=setup_context)
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> None:

@@ -4,8 +4,9 @@ Every op takes `backend`: "torch", or for the kernels "triton" (the table picks 
 (forced). Dropout is on when a `seed` is given. Leading dimensions of x are rows.
 """
 
-from fastlora.eager import few
+from fastlora.eager import activate, few
 from fastlora.eager.few import FEW_INPUTS
+from fastlora.ops.gated import gated_gradients, lora_gated, lora_gated_backward
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
 from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
 from fastlora.ops.linear import gradients, lora_backward, lora_linear, lora_update
@@ -15,11 +16,15 @@ __all__ = [
     "FEW_INPUTS",
     "GROUP",
     "TRITON_DTYPES",
+    "activate",
     "few",
+    "gated_gradients",
     "gradients",
     "group_gradients",
     "kernels",
     "lora_backward",
+    "lora_gated",
+    "lora_gated_backward",
     "lora_group",
     "lora_group_backward",
     "lora_linear",

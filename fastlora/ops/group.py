@@ -28,12 +28,12 @@ lib.define(
 )
 
 
-def _absent(t: Tensor) -> bool:
+def absent(t: Tensor) -> bool:
     return t.dim() == 1 and t.shape[0] == 0
 
 
-def _present(tensors: list[Tensor]) -> list[Tensor | None]:
-    return [None if _absent(t) else t for t in tensors]
+def present(tensors: list[Tensor]) -> list[Tensor | None]:
+    return [None if absent(t) else t for t in tensors]
 
 
 @torch.library.impl(lib, "lora_group", "CompositeExplicitAutograd")
@@ -55,7 +55,7 @@ def lora_group(
     adapter.   seeds: [members] int64 on x's device; member i drops where p_i > 0.
     Returns ys: [..., N_i] in x's dtype, h: [M, ΣR] fp32, the members' columns side by side.
     """
-    lists = ws, _present(biases), _present(as_), _present(bs), _present(lora_biases)
+    lists = ws, present(biases), present(as_), present(bs), present(lora_biases)
     with plain(x):
         if backend == "torch":
             ys, h = eager.lora_group(rows_of(x), *lists, seeds, scales, ps)
@@ -108,9 +108,9 @@ def group_gradients(
     h: as forward returned it, needed for dbs.   The rest as in `lora_group`.
     Returns dx: [..., K] in dy's dtype, das in the as', dbs in the bs'.
     """
-    first = next(dy for dy in dys if not _absent(dy))
-    grads = [None if _absent(dy) else rows_of(dy) for dy in dys]
-    inputs = grads, None if x is None else rows_of(x), _present(ws), _present(as_), _present(bs), h, seeds, scales, ps
+    first = next(dy for dy in dys if not absent(dy))
+    grads = [None if absent(dy) else rows_of(dy) for dy in dys]
+    inputs = grads, None if x is None else rows_of(x), present(ws), present(as_), present(bs), h, seeds, scales, ps
     with plain(first):
         if backend == "torch":
             dx, das, dbs = eager.lora_group_backward(*inputs, want_dx, want_das, want_dbs)
@@ -146,7 +146,7 @@ def _(
 ) -> list[Tensor]:
     grads = []
     if want_dx:
-        first = next(dy for dy in dys if not _absent(dy))
-        grads.append(first.new_empty((*first.shape[:-1], next(a.shape[1] for a in as_ if not _absent(a)))))
+        first = next(dy for dy in dys if not absent(dy))
+        grads.append(first.new_empty((*first.shape[:-1], next(a.shape[1] for a in as_ if not absent(a)))))
     wanted = [*zip(want_das, as_, strict=True), *zip(want_dbs, bs, strict=True)]
     return grads + [like.new_empty(like.shape) for want, like in wanted if want]

@@ -54,6 +54,18 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
+def plain_weight(base: Any) -> Tensor | str:
+    """The weight, [N, K], of a layer that is no more than x·weightᵀ + bias; or what it is, to follow its name."""
+    if type(base) not in PLAIN_BASES:
+        return f" is a {type(base).__name__}, not a plain Linear or Conv1D"
+    if hooked(base):
+        return " has hooks, or a forward of its own"
+    weight = own(base, "weight")
+    if type(weight) not in PLAIN_TENSORS:
+        return f".weight is a {type(weight).__name__}, not a plain tensor"
+    return weight.t() if type(base) is Conv1D else weight
+
+
 def judge(layer: Any) -> Plan | str:
     """What to run for `layer`, a layer of PEFT's patched or not, as it stands now; or why PEFT's forward must."""
     library = LIBRARY.get(type(layer))
@@ -66,19 +78,15 @@ def judge(layer: Any) -> Plan | str:
     if _has_any_global_hook():
         return "global module hooks are registered"
     parts = layer._modules
-    base, weight = parts["base_layer"], None
+    base = parts["base_layer"]
+    weight: Tensor | None = None
     if base.__dict__.get("_hf_tp_plan") is not None:
         return "base_layer is tensor-parallel (_hf_tp_plan)"
     if not library:  # the fused path reads base_layer's weight instead of calling it
-        if type(base) not in PLAIN_BASES:
-            return f"base_layer is a {type(base).__name__}, not a plain Linear or Conv1D"
-        if hooked(base):
-            return "base_layer has hooks, or a forward of its own"
-        weight = own(base, "weight")
-        if type(weight) not in PLAIN_TENSORS:
-            return f"base_layer.weight is a {type(weight).__name__}, not a plain tensor"
-        if type(base) is Conv1D:
-            weight = weight.t()
+        found = plain_weight(base)
+        if isinstance(found, str):
+            return f"base_layer{found}"
+        weight = found
     adapters, lora_A = [], parts["lora_A"]._modules
     for name in layer.active_adapters:
         if name in lora_A:

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import groups, ops
 from fastlora.dispatch import env
+from fastlora.peft.gated import gate, ungate
 from fastlora.peft.judge import LIBRARY, path_of, why_not
 from fastlora.peft.layers import FUSED, PEFT
 from fastlora.peft.siblings import join, part
@@ -32,12 +33,15 @@ class PatchReport:
     A skipped layer that is skipped for its state (merged, hooked) is fused again as soon as the state has cleared.
     groups: the names of layers that run together, for the model calls them with one tensor.   ungrouped: why no groups
     could be looked for; None when they were.
+    gated[name]: how a gated MLP runs as one op.   ungated[name]: why another MLP runs layer by layer.
     """
 
     patched: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
     ungrouped: str | None = None
+    gated: dict[str, str] = field(default_factory=dict)
+    ungated: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         entries = {**self.patched, **{name: f"PEFT's forward: {reason}" for name, reason in self.skipped.items()}}
@@ -45,6 +49,8 @@ class PatchReport:
         for group in self.groups:
             beside = ", ".join(name.split(".")[-1] for name in group[1:])
             rows[_kind(group[0]), f"one group with {beside}"] += 1
+        rows.update((_kind(name), how) for name, how in self.gated.items())
+        rows.update((_kind(name), f"MLP, layer by layer: {reason}") for name, reason in self.ungated.items())
         width = max((len(name) for name, _ in rows), default=0)
         lines = [f"{name:<{width}}  ×{count:<4} {path}" for (name, path), count in rows.items()]
         if self.ungrouped is not None:
@@ -69,11 +75,16 @@ def _lora_layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def patch(model: nn.Module, *, strict: bool = False, inputs: dict[str, Any] | None = None) -> PatchReport:
+def patch(
+    model: nn.Module, *, strict: bool = False, inputs: dict[str, Any] | None = None, gated: bool = True
+) -> PatchReport:
     """Let every LoRA layer of a PEFT model that can run fastlora's ops, in place; do it again for layers added later.
 
     Layers that one forward calls with the same tensor (q, k, v; gate, up) run as a group. They are found by running the
     model once on tensors without storage; inputs: what to call it with, by name, where it takes no input_ids.
+    A module that computes down(act(gate(x)) * up(x)), with LoRA in any of the three, runs as one op and saves neither
+    the activation nor the product. gated: False leaves every MLP to run layer by layer; module.fastlora_gated = False,
+    before or after patch, leaves that one.
     strict: raise RuntimeError, before anything is changed, if any layer would be skipped, and on every later call that
     would have to fall back to PEFT's forward.   Returns a report that prints as a table.
     Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
@@ -98,6 +109,7 @@ def patch(model: nn.Module, *, strict: bool = False, inputs: dict[str, Any] | No
             report.patched[name] = path if path == "fused" else f"{path} ({why})"
     for names in report.groups:
         join(model, names, plain)
+    report.gated, report.ungated = gate(model, set(map(id, layers.values())), gated)
     return report
 
 
@@ -108,6 +120,7 @@ def _swap(layer: Any, name: str, strict: bool = False) -> None:
 
 def _restore(model: nn.Module, layers: dict[str, Any]) -> None:
     part(model)
+    ungate(model)
     for layer in layers.values():
         if type(layer) in PEFT:
             layer.__class__ = PEFT[type(layer)]

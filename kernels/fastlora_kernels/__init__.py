@@ -3,6 +3,8 @@
 from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dy_pass import dy_pass, group_dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand, group_add_dx, group_dx
+from fastlora_kernels.gated import gated_backward, gated_linear
+from fastlora_kernels.glu import glu, glu_backward
 from fastlora_kernels.group import group_backward, group_linear
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
 from fastlora_kernels.members import GROUP
@@ -24,6 +26,10 @@ __all__ = [
     "dx",
     "dy_pass",
     "expand",
+    "gated_backward",
+    "gated_linear",
+    "glu",
+    "glu_backward",
     "group_add_dx",
     "group_backward",
     "group_dx",

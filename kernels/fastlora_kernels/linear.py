@@ -81,6 +81,13 @@ def lora_update(
     return add_expand(y, h, b, scale, lora_bias, out=y.new_empty(y.shape, dtype=dtype)), h
 
 
+def dx_by(dy: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, p: float, seed: Tensor | None, fused: bool) -> Tensor:
+    """dx = dy·w + mask/(1−p) ⊙ (dh·a), *fused* or *split*; without w the low-rank term alone."""
+    if fused and w is not None:
+        return dx(dy, w, dh, a, p=p, seed=seed)
+    return add_dx(torch.mm(dy, w) if w is not None else None, dh, a, dy.dtype, p=p, seed=seed)
+
+
 def lora_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -107,11 +114,8 @@ def lora_backward(
         return grad, da, db
     fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how) == "fused"
     since = mark(dh, fused and want_da and pays(arch(dy)))
-    if fused and w is not None:
-        grad = dx(dy, w, dh, a, p=p, seed=seed)
-    elif want_dx:
-        base = torch.mm(dy, w) if w is not None else None
-        grad = add_dx(base, dh, a, dy.dtype, p=p, seed=seed)
+    if want_dx:
+        grad = dx_by(dy, w, dh, a, p, seed, fused)
     if want_da and x is not None:
         with aside(dh, since):
             da = x_pass(x, dh, a.dtype, p=p, seed=seed)

@@ -176,6 +176,31 @@ class Group:
         return _of(which, Work(), Work(0, max(dxs - 1, 0) * first.M * first.K * first.main))
 
 
+@dataclass(frozen=True)
+class Gated:
+    """The work between the layers of a gated MLP, down's shrink included: its own then reads nothing.
+
+    M, R: as in the letters, R of down, 0 without an adapter.   width: out features of gate and up.   main, adapter: as
+    in `Layer`.
+    """
+
+    M: int
+    width: int
+    R: int
+    main: int = 2
+    adapter: int = 2
+
+    def glu(self) -> Work:
+        """z = act(g) ⊙ u and h = drop(z)·aᵀ: g and u read, z written."""
+        M, K, R = self.M, self.width, self.R
+        factors = R * K * self.adapter + M * R * FP32
+        return Work(2 * M * K * R, 3 * M * K * self.main + factors)
+
+    def backward(self, want_z: bool = True) -> Work:
+        """dg, du and z again: g, u and dz read, as much written."""
+        return Work(0, (6 if want_z else 5) * self.M * self.width * self.main)
+
+
 def _sum(works: Iterable[Work]) -> Work:
     return sum(works, Work())
 

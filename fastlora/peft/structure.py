@@ -1,0 +1,222 @@
+"""Gated MLPs found by what they compute: down(act(gate(x)) * up(x)) and nothing else, whatever the names.
+
+The module's forward is traced with its children as leaves; what lies between gate and the product is evaluated in
+float64 and compared with the five activations, so that gelu_pytorch_tanh, NewGELU and nn.GELU(approximate="tanh") are
+one, and erf's is another.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastlora.groups import unchanged
+from fastlora.reference import ACTIVATIONS
+
+_PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+_SIMPLE = (bool, int, float, str, type(None))
+_STATE = ("training", "forward", "fastlora_gated")
+"""Attributes that change in use; the judge of each call looks at them itself, or the trace has seen both."""
+
+
+class Structure(NamedTuple):
+    """x: the name of forward's argument.   gate, up, down: children of the module.   activation: one of ACTIVATIONS.
+
+    acts: the children that compute it.   settings: what they and the module had for attributes, without modules and
+    tensors, when they were traced.
+    """
+
+    x: str
+    gate: str
+    up: str
+    down: str
+    activation: str
+    acts: tuple[str, ...]
+    settings: tuple[tuple[str, ...], tuple[Any, ...]]
+
+    @property
+    def layers(self) -> tuple[str, str, str]:
+        return self.gate, self.up, self.down
+
+
+class _Tracer(fx.Tracer):
+    """Every child is a leaf; grad mode and autocast, which leave no trace in a graph, must stay as they were."""
+
+    modes: tuple[Any, ...] = ()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise ValueError("it changes grad mode or autocast")
+        return super().create_node(*args, **kwargs)
+
+
+def _modes() -> tuple[Any, ...]:
+    devices = ("cpu", "cuda")
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        *((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in devices),
+    )
+
+
+def find(module: nn.Module) -> Structure | str | None:
+    """What the module is made of, if it is a gated MLP; otherwise why it is none, or None where nothing is gated."""
+    found, before = None, module.training
+    try:
+        for training in (True, False):
+            module.training = training
+            with unchanged(module) as kept:
+                structure = _match(module)
+                if not (structure is None or isinstance(structure, str)) and kept():
+                    structure = "it keeps something of what it computes"
+            if structure is None or isinstance(structure, str):
+                return structure
+            if found not in (None, structure):
+                return "it computes one thing in training and another in evaluation"
+            found = structure
+    finally:
+        module.training = before
+    assert found is not None
+    return found
+
+
+def looks_like_one(module: nn.Module) -> bool:
+    """Whether someone would take the module for an MLP: a child is one of the activations."""
+    return any(not list(child.children()) and _named(child, [child]) is not None for child in module.children())
+
+
+def _match(module: nn.Module) -> Structure | str | None:
+    tracer = _Tracer()
+    tracer.modes = _modes()
+    try:
+        graph = tracer.trace(module)
+    except Exception as error:  # a forward may do anything with a value that is no tensor
+        return f"its forward cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if not any(_product(node) for node in graph.nodes):
+        return None
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if not inputs or any(node.users for node in inputs[1:]):
+        return "its forward reads more than one argument"
+    x, out = inputs[0], next(node for node in graph.nodes if node.op == "output")
+    down: Any = out.args[0]
+    if not _calls(down):
+        return "its result is not a child's output"
+    z: Any = down.args[0]
+    if not _product(z):
+        return f"{down.target} reads the output of {z.target}, not a product"
+    for act, up in (z.args, z.args[::-1]):
+        gate, between = _back(act, x)
+        if gate is None or not between or not _calls(up) or up.args[0] is not x or up is gate:
+            continue
+        if len(graph.nodes) != len(inputs) + len(between) + 5:  # gate, up, product, down, output
+            return "its forward does more than down(act(gate(x)) * up(x))"
+        names = str(gate.target), str(up.target), str(down.target)
+        acts = tuple(str(node.target) for node in between if node.op == "call_module")
+        if len({*names, *acts}) != 3 + len(acts) or any("." in name for name in (*names, *acts)):
+            return "its layers are not three children of its own"
+        activation = _named(_function(module, gate, between), [module.get_submodule(name) for name in acts])
+        if activation is None:
+            return f"what follows {gate.target} is none of {', '.join(ACTIVATIONS)}"
+        return Structure(str(x.target), names[0], names[1], names[2], activation, acts, settings(module, acts))
+    return f"what {down.target} reads is not act(gate(x)) * up(x)"
+
+
+def _product(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _PRODUCTS and len(node.args) == 2 and not node.kwargs
+
+
+def _calls(node: Any) -> bool:
+    """Whether the node is a child called with one tensor."""
+    return isinstance(node, fx.Node) and node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+
+
+def _back(act: Any, x: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The child called with x that `act` is computed from, and the nodes between, in order; None if there is more."""
+    gate: fx.Node | None = None
+    between: list[fx.Node] = []
+    todo = [act]
+    while todo:
+        node = todo.pop()
+        if node in between or node is gate:
+            continue
+        if _calls(node) and node.args[0] is x and gate is None:
+            gate = node
+        elif isinstance(node, fx.Node) and node.op in ("call_module", "call_function", "call_method"):
+            between.append(node)
+            todo.extend(node.all_input_nodes)
+        else:
+            return None, []
+    order = list(x.graph.nodes)
+    return gate, sorted(between, key=order.index)
+
+
+def _function(module: nn.Module, gate: fx.Node, between: list[fx.Node]) -> Callable[[Tensor], Any]:
+    """g ↦ what the nodes between compute."""
+
+    def run(g: Tensor) -> Any:
+        values: dict[fx.Node, Any] = {gate: g}
+        for node in between:
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            if node.op == "call_module":
+                values[node] = module.get_submodule(str(node.target))(*args, **kwargs)
+            elif node.op == "call_method":
+                values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return values[between[-1]]
+
+    return run
+
+
+def _grid() -> Tensor:
+    """Both signs, from 1e-6 to 1e4 and 0, where a clipped or a scaled activation shows."""
+    positive = torch.cat((torch.logspace(-6, 4, 101, dtype=torch.float64), torch.linspace(0, 12, 131).double()))
+    return torch.stack((positive, -positive))[None]
+
+
+def _named(function: Any, acts: list[nn.Module]) -> str | None:
+    """Which of ACTIVATIONS the function is, to 1e-9; None if none, or if what computes it has tensors or parts."""
+    for act in acts:
+        if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None or list(act.children()):
+            return None
+    g, results = _grid(), []
+    training = [act.training for act in acts]
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for mode in (True, False):
+                for act in acts:
+                    act.training = mode
+                results.append(function(g.clone()))
+    except Exception:  # whatever it is, it is no function of one tensor
+        return None
+    finally:
+        for act, before in zip(acts, training, strict=True):
+            act.training = before
+    for name, formula in ACTIVATIONS.items():
+        if all(
+            isinstance(result, Tensor)
+            and result.shape == g.shape
+            and result.dtype == g.dtype
+            and torch.allclose(result, formula(g), rtol=1e-9, atol=1e-9)
+            for result in results
+        ):
+            return name
+    return None
+
+
+def settings(module: nn.Module, acts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """(names, values) of the plain attributes of a module and of its activation: what a forward may branch on."""
+    found: dict[str, Any] = {f"{act}.__class__": type(module._modules[act]) for act in acts}
+    for child in ("", *acts):
+        for name, value in vars(module._modules[child] if child else module).items():
+            if (isinstance(value, _SIMPLE) or callable(value)) and name[0] != "_" and name not in _STATE:
+                found[f"{child}.{name}"] = value
+    return tuple(found), tuple(found.values())
