@@ -211,6 +211,42 @@ def lora_linear_group(
     return tuple(ys)
 
 
+def jobs_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    jobs: Sequence[int],
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    lora_biases: Sequence[Tensor | None] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """One frozen layer for several jobs, each by `lora_linear` on its own rows alone, put back in their places.
+
+    x: [..., K].   jobs: the job of each request, −1 for the base alone; as many rows of x for each.   seeds: [G] int64,
+    of the masks, whose row 0 is a job's first.   The rest as in `lora_linear`, an entry a job.   Returns y: [..., N].
+    """
+    rows, count = x.reshape(-1, x.shape[-1]), len(lora_As)
+    owner = torch.tensor(jobs).repeat_interleave(len(rows) // len(jobs))
+    ps = [dropout_p] * count if isinstance(dropout_p, (int, float)) else dropout_p
+    wide = _wide(x, weight)
+    base = rows.to(wide) @ weight.to(wide).t() + (0 if bias is None else bias.to(wide))
+    y = base.to(x.dtype)
+    for job, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, ps, strict=True)):
+        at = (owner == job).nonzero()[:, 0].to(x.device)
+        mine = lora_linear(
+            rows[at], weight, bias, a, b, scaling, dropout_p=p, training=training,
+            lora_bias=lora_biases[job] if lora_biases is not None else None,
+            seed=seeds[job] if seeds is not None else None,
+        )  # fmt: skip
+        y = y.index_copy(0, at, mine)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
 def multi_shrink(x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, slots: Tensor) -> Tensor:
     """h[row] = x[row]·aᵀ for the adapter of each row, of every layer that shares x; 0 past its rank.
 

@@ -7,6 +7,7 @@ dropped elements instead of one number an element.
 
 from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
 from fastlora.eager.group import lora_group, lora_group_backward
+from fastlora.eager.jobs import jobs_backward, jobs_linear, jobs_update
 from fastlora.eager.linear import FEW_INPUTS, few_rows, lora_backward, lora_linear, lora_update
 from fastlora.eager.multi import multi_update_
 
@@ -16,6 +17,9 @@ __all__ = [
     "dropped",
     "few_rows",
     "holes",
+    "jobs_backward",
+    "jobs_linear",
+    "jobs_update",
     "lora_backward",
     "lora_group",
     "lora_group_backward",

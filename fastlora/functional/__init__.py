@@ -1,7 +1,8 @@
 """LoRA on bare tensors: the autograd rules, each written once."""
 
 from fastlora.functional.group import lora_linear_group, together
+from fastlora.functional.jobs import jobs_linear, jobs_update
 from fastlora.functional.linear import lora_linear, lora_update
 from fastlora.functional.rules import draw_seed
 
-__all__ = ["draw_seed", "lora_linear", "lora_linear_group", "lora_update", "together"]
+__all__ = ["draw_seed", "jobs_linear", "jobs_update", "lora_linear", "lora_linear_group", "lora_update", "together"]

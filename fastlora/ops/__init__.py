@@ -6,6 +6,7 @@ Every op takes `backend`: "torch", or for the kernels "triton" (the table picks 
 
 from fastlora.eager import FEW_INPUTS
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
+from fastlora.ops.jobs import jobs_backward, jobs_gradients, jobs_linear, jobs_update
 from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
 from fastlora.ops.linear import few_rows, gradients, lora_backward, lora_linear, lora_update
 from fastlora.ops.multi import multi_linear, multi_update_
@@ -17,6 +18,10 @@ __all__ = [
     "few_rows",
     "gradients",
     "group_gradients",
+    "jobs_backward",
+    "jobs_gradients",
+    "jobs_linear",
+    "jobs_update",
     "kernels",
     "lora_backward",
     "lora_group",
