@@ -213,6 +213,7 @@ def stamp() -> str:
     for path in sorted(package.glob("*.py")):
         if path.name not in (
             "__init__.py",
+            "jobs.py",
             "linear.py",
             "overlap.py",
             "traffic.py",

@@ -288,3 +288,26 @@ def multi_expand(
                     update = update + b_pool[first + r].to(h.dtype)
                 y[row] = (y[row].to(h.dtype) + update * scaling[member, slot]).to(y.dtype)
     return out
+
+
+def multi_drop(x: Tensor, slots: Tensor, seeds: Tensor, ps: Sequence[float]) -> Tensor:
+    """drop(x) of rows that have a slot each, by the slot's seed and p, at [row among the slot's own, col].
+
+    x: [M, K].   slots: [M], −1 for rows that are left alone.   seeds: [G] int64.   Returns [M, K].
+    """
+    out = x.clone()
+    for slot, p in enumerate(ps):
+        out[slots == slot] = _drop(x[slots == slot], p, seeds[slot])
+    return out
+
+
+def multi_outer(x: Tensor, f: Tensor, start: Tensor, rank: Tensor, factor: Tensor, slots: Tensor, rows: int) -> Tensor:
+    """out[start : start + rank] = factor·Σ f[row, :rank]ᵀ·x[row] over the rows of each slot: da and db as rank rows.
+
+    x: [M, K].   f: [M, width].   start, rank, factor: [G].   slots: [M].   Returns [rows, K] in x's dtype.
+    """
+    out = x.new_zeros((rows, x.shape[1]))
+    for slot in range(len(start)):
+        first, r, mine = int(start[slot]), int(rank[slot]), slots == slot
+        out[first : first + r] = factor[slot] * (f[mine, :r].t() @ x[mine])
+    return out

@@ -1,7 +1,7 @@
 """The side of MultiLoRALinear that trains: several jobs on one frozen layer, each with factors of its own.
 
-A job's factors are ordinary parameters, for an optimizer of the job's own. They are views of two pools of rank rows, so
-that one launch reads all of them as they lie: an optimizer's in-place step writes into the pools.
+A job's factors are ordinary contiguous parameters, for an optimizer of the job's own. The jobs' lora_A are views of one
+pool of rank rows, so that a launch reads all of them as they lie: an optimizer's in-place step writes into the pool.
 """
 
 from __future__ import annotations
@@ -150,22 +150,15 @@ class JobLayer(nn.Module):
 
     @torch.no_grad()
     def _pack(self) -> None:
-        """Every job's rank rows side by side in one pool of a's and one of b's; the parameters are views of them."""
+        """Every job's lora_A in one pool of rank rows, the parameters views of it; lora_B, which lies the other way, is
+        copied together when it is needed."""
         jobs: list[Any] = list(self.jobs.values())
-        if not jobs or any(type(p.data) is not Tensor for job in jobs for p in job.parameters()):
+        weights: list[Tensor] = [job.lora_A.weight for job in jobs]
+        if not weights or any(type(p.data) is not Tensor for p in weights):
             return
-        parts = [[job.lora_B.weight.t(), *([] if job.lora_B.bias is None else [job.lora_B.bias[None]])] for job in jobs]
-        a_pool = torch.cat([job.lora_A.weight for job in jobs])
-        b_pool = torch.cat([rows for part in parts for rows in part])
-        a_start = b_start = 0
-        for job in jobs:
-            R = len(job.lora_A.weight)
-            job.lora_A.weight.data = a_pool[a_start : a_start + R]
-            job.lora_B.weight.data = b_pool[b_start : b_start + R].t()
-            a_start, b_start = a_start + R, b_start + R
-            if job.lora_B.bias is not None:
-                job.lora_B.bias.data = b_pool[b_start]
-                b_start += 1
+        pool = torch.cat(weights)
+        for p, rows in zip(weights, pool.split([len(p) for p in weights]), strict=True):
+            p.data = rows
 
     def train_jobs(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The base layer's output, and each job's term on the rows of its requests."""

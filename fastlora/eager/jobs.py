@@ -20,7 +20,7 @@ from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dt
 from fastlora.reference import dropout_scale
 
 JobGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dx, da, db), each None where nobody asked for it; da and db of all jobs as rank rows."""
+"""(dx, da, db), each None where nobody asked for it; da and db of all jobs, one after the other."""
 
 
 class Part(NamedTuple):
@@ -135,8 +135,8 @@ def jobs_backward(
     """dx, and da and db of each job from its own rows; zero for a job without any.
 
     x is read for da alone, h for db alone.   biased: whether a job has a lora_bias.   Returns dx: [M, K] in dy's dtype
-    (without w the low-rank terms alone), da: [ΣR, K] in a's, db: [ΣR + biases, N] in b's, a job's rank rows and then
-    the gradient of its lora_bias.
+    (without w the low-rank terms alone), da: [ΣR, K] in a's, db: [ΣR + biases, N] in b's, of each job
+    the elements of [N, R] and then of its lora_bias.
     """
     (M, N), K = dy.shape, as_[0].shape[1]
     dx = (torch.mm(dy, w) if w is not None else dy.new_zeros((M, K))) if want_dx else None
@@ -155,7 +155,7 @@ def jobs_backward(
         if db is not None and h is not None:
             at = b_ends[job]
             h_job = h[taken : taken + part.size * R].view(part.size, R)
-            db[at : at + R] = torch.mm(h_job.to(thin).t(), dy_thin).mul_(scale)
+            db[at : at + R].view(N, R).copy_(torch.mm(dy_thin.t(), h_job.to(thin)).mul_(scale))
             if biased[job]:
                 db[at + R] = mine.sum(0, dtype=wide_dtype(mine)).mul_(scale)
         taken += part.size * R

@@ -83,14 +83,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Any], list[Any]
         dx, da, db = ops.jobs_gradients(*inputs)
     if da is not None:
         das = list(da.split(ctx.ranks))
-    if db is not None:  # rank rows, as the pools hold them: b's own layout is their transpose
-        rows = iter(
-            db.split([n for R, has in zip(ctx.ranks, ctx.biased, strict=True) for n in ([R, 1] if has else [R])])
-        )
-        dbs, dlora_biases = [], []
-        for has in ctx.biased:
-            dbs.append(next(rows).t())
-            dlora_biases.append(next(rows)[0] if has else None)
+    if db is not None:
+        N, dbs, dlora_biases, start = db.shape[1], [], [], 0
+        for R, has in zip(ctx.ranks, ctx.biased, strict=True):
+            dbs.append(db[start : start + R].view(N, R))
+            start += R + has
+            dlora_biases.append(db[start - 1] if has else None)
     return dx, das, dbs, dlora_biases
 
 

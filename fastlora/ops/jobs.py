@@ -130,12 +130,12 @@ def jobs_gradients(
     want_db: bool,
     backend: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, da, db, each None unless wanted; da and db are pools of rank rows, job after job.
+    """dx, da, db, each None unless wanted; da and db hold all jobs', one after the other.
 
     dy: [..., N], any strides.   x: [..., K], needed for da.   w: None for the low-rank terms' dx alone.   biased:
     whether a job has a lora_bias.   h: as forward returned it, needed for db.   The rest as in `jobs_linear`.
-    Returns dx: [..., K] in dy's dtype; da: [ΣR, K] in a's; db: [ΣR + biases, N] in b's, each job's rank rows and then
-    the gradient of its lora_bias.
+    Returns dx: [..., K] in dy's dtype; da: [ΣR, K] in a's; db: [ΣR + biases, N] in b's, of each job the
+    elements of [N, R] and then of its lora_bias.
     """
     rows, grads = rows_of(x) if x is not None else None, rows_of(dy)
     backward = (eager if backend == "torch" else kernels).jobs_backward

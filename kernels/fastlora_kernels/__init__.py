@@ -3,16 +3,19 @@
 from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
+from fastlora_kernels.jobs import jobs_backward, jobs_linear, jobs_update
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
 from fastlora_kernels.multi import multi_expand, multi_shrink
 from fastlora_kernels.multi_linear import multi_linear
-from fastlora_kernels.routing import Routes, route
+from fastlora_kernels.multi_outer import multi_outer
+from fastlora_kernels.routing import Drops, Routes, route
 from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import Tile, strategy, table, tile
 from fastlora_kernels.x_pass import x_pass
 
 __all__ = [
     "INTERPRET",
+    "Drops",
     "Routes",
     "Tile",
     "add_dx",
@@ -21,11 +24,15 @@ __all__ = [
     "dx",
     "dy_pass",
     "expand",
+    "jobs_backward",
+    "jobs_linear",
+    "jobs_update",
     "lora_backward",
     "lora_linear",
     "lora_update",
     "multi_expand",
     "multi_linear",
+    "multi_outer",
     "multi_shrink",
     "route",
     "shrink",
