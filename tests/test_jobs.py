@@ -139,8 +139,8 @@ def test_rows_may_come_in_any_order(jobs: tuple[nn.Module, Jobs]) -> None:
 
 
 def test_masks_do_not_depend_on_company(llama: Any) -> None:
-    """A job beside others and alone in its Jobs, from the same torch seed: one layer to the bit, the model's losses
-    and gradients to the order of the base's sums."""
+    """A job beside others and alone in its Jobs, from the same torch seed: a layer's gradients to the bit, the model's
+    losses and gradients to the order of the base's sums."""
     together, only = dropping(llama, "abc"), dropping(llama, "a")
     x, batch = torch.randn(7, 6, 64), ids()
     mine = [row for row, name in enumerate(MIXED) if name == "a"]
@@ -154,7 +154,7 @@ def test_masks_do_not_depend_on_company(llama: Any) -> None:
             y.backward(torch.ones_like(y))
         ys.append(y[mine] if len(rows) > 3 else y)
         grads.append([p.grad for p in layer.job_parameters("a")])
-    assert_same(*ys)
+    torch.testing.assert_close(*ys)  # the layer's term lands on rows that lie together in one step, else in two
     for one, other in zip(*grads, strict=True):
         assert_same(one, other)
     torch.manual_seed(5)
