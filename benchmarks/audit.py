@@ -183,7 +183,7 @@ def failures(case: Case, row: Row) -> list[str]:
         found.append(f"FAIL tensor memory: {row.tmem} of {TMEM_COLUMNS} columns")
     if case.arch in GATED and row.spills:
         found.append(f"FAIL spills: {row.spills} bytes")
-    if case.kernel in ("expand", "dx") and case.main != "fp32":
+    if case.kernel in ("expand", "dx", "group_dx") and case.main != "fp32":
         wanted = chip.tensor if case.tile.BLOCK_M >= 64 or chip.tensor == "mfma" else "mma.sync"
         if wanted not in row.instruction.split("+"):
             found.append(f"FAIL instruction: {row.instruction}, not {wanted}")
@@ -199,10 +199,11 @@ def failures(case: Case, row: Row) -> list[str]:
 
 def _fills_wide_loads(case: Case) -> bool:
     """Whether each thread of a thin kernel gets eight bytes of both operands, so that a narrow load is a loss."""
-    if case.kernel not in ("shrink", "dy", "x") or case.main == "fp32":  # fp32 tiles are transposed element by element
+    kernel = case.kernel.removeprefix("group_")
+    if kernel not in ("shrink", "dy", "x") or case.main == "fp32":  # fp32 tiles are transposed element by element
         return False
-    step = case.tile.BLOCK_M if case.kernel == "x" else case.tile.BLOCK_K
-    factor = min(case.rank, 128) * step * (2 if case.adapter != "fp32" and case.kernel != "x" else 4)
+    step = case.tile.BLOCK_M if kernel == "x" else case.tile.BLOCK_K
+    factor = min(case.rank, 128) * step * (2 if case.adapter != "fp32" and kernel != "x" else 4)
     return factor >= 8 * 32 * case.tile.num_warps
 
 
@@ -213,6 +214,7 @@ def stamp() -> str:
     for path in sorted(package.glob("*.py")):
         if path.name not in (
             "__init__.py",
+            "group.py",
             "jobs.py",
             "linear.py",
             "overlap.py",

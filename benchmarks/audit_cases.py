@@ -17,6 +17,7 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 
 AXES = {
     "shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR",
+    "group_shrink": "MK", "group_dy": "MNK", "group_x": "MK", "group_dx": "MNKR", "group_add": "MNR",
     "multi_shrink": "KR", "multi_expand": "NR", "multi_linear": "MNKR", "multi_outer": "MKR",
     "reduce": "", "count": "", "route": "",
 }  # fmt: skip
@@ -29,6 +30,11 @@ FLAGS = {
     "dy": ("",),
     "x": ("dropout",),
     "dx": ("", "dropout"),
+    "group_shrink": ("3 members dropout",),
+    "group_dy": ("3 members",),
+    "group_x": ("3 members dropout",),
+    "group_dx": ("3 members", "3 members 1 dropout", "3 members dropout", "2 members dropout"),
+    "group_add": ("3 members dropout",),
     "multi_shrink": ("3 layers", "dropout"),
     "multi_expand": ("1 layer", "3 layers", "dropout"),
     "multi_linear": ("bias",),
@@ -100,8 +106,34 @@ class Case:
                 kernels.dx(dy, w, h, a, p=p, seed=seed, config=t)
             case "reduce":
                 reduce(of(4, N, R, dtype=torch.float32), of(N, R, dtype=adapter))
-            case _:
+            case "count" | "route":
+                kernels.route(of(self.rows, dtype=torch.int32), Routes.empty(self.rows, SLOTS, "meta"))
+            case multi if multi.startswith("multi"):
                 self._launch_multi(x, dy, h, of)
+            case _:
+                self._launch_group(x, w, dy, a, b, of)
+
+    def _launch_group(self, x: Tensor, w: Tensor, dy: Tensor, a: Tensor, b: Tensor, of: Callable[..., Tensor]) -> None:
+        """The kernels of a group whose members have one size: h and dh are views of what they share."""
+        members = int(self.flags[0])
+        shared = of(self.rows, members * self.rank, dtype=torch.float32)
+        hs = [shared[:, i * self.rank : (i + 1) * self.rank] for i in range(members)]
+        ps = [0.1 if i < masks(self.flags) else 0.0 for i in range(members)]
+        seeds, every = of(members, dtype=torch.int64), [True] * members
+        match self.kernel:
+            case "group_shrink":
+                kernels.group_shrink(x, [a] * members, ps=ps, seeds=seeds, config=self.tile)
+            case "group_dy":
+                scales = [0.5] * members
+                kernels.group_dy_pass(
+                    [dy] * members, hs, [b] * members, scales, want_dh=every, want_db=every, config=self.tile
+                )
+            case "group_x":
+                kernels.group_x_pass(x, hs, [a.dtype] * members, ps=ps, seeds=seeds, config=self.tile)
+            case "group_dx":
+                kernels.group_dx([dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, config=self.tile)
+            case "group_add":
+                kernels.group_add_dx(x, hs, [a] * members, x.dtype, ps=ps, seeds=seeds, config=self.tile)
 
     def _launch_multi(self, x: Tensor, dy: Tensor, h: Tensor, of: Callable[..., Tensor]) -> None:
         """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""
@@ -126,19 +158,24 @@ class Case:
                 x, h, start, start, start, scaling[0], POOL, routes, adapter,
                 by_feature="feature" in self.flags, drops=drops, config=self.tile,
             )  # fmt: skip
-        elif self.kernel == "multi_linear":
+        else:
             N = self.features
             kernels.multi_linear(
                 x, of(N, N), of(N), h.expand(4, -1, -1), of(POOL, N, dtype=adapter), start, start, scaling[0], start,
                 of(self.rows, dtype=number), config=self.tile,
             )  # fmt: skip
-        else:
-            kernels.route(of(self.rows, dtype=number), routes)
 
 
 def ranks(kernel: str, t: Tile) -> tuple[int, ...]:
     """The ranks to try, heaviest first: a GEMM's prologue takes every rank in steps of the tile's own."""
     return (64,) if "R" in AXES[kernel] else RANKS
+
+
+def masks(flags: str) -> int:
+    """How many members of a group drop."""
+    if "members" not in flags or "dropout" not in flags:
+        return 0
+    return 1 if "1 dropout" in flags else int(flags[0])
 
 
 def cases(archs: tuple[str, ...] = ARCHS, names: tuple[str, ...] = tuple(AXES)) -> Iterator[Case]:
@@ -156,11 +193,11 @@ def _of_tables(arch: str, kernel: str) -> Iterator[Case]:
     for row in table(arch)["tiles"][kernel]:
         t, rows, features = Tile(**row["tile"]), row.get("max_M", ROWS), row.get("max_N", FEATURES)
         for main, adapter in MIXES:
-            for rank in ranks(kernel, t):
-                if tile(kernel, arch, DTYPES[main], rows, features, rank, tma=t.tma) == t:
-                    for flags in FLAGS[kernel]:
+            for flags in FLAGS[kernel]:
+                for rank in ranks(kernel, t):
+                    if tile(kernel, arch, DTYPES[main], rows, features, rank, t.tma, masks(flags)) == t:
                         yield Case(arch, kernel, t, main, adapter, rank, flags, rows, features)
-                    break
+                        break
 
 
 def _of_one(arch: str, kernel: str) -> Iterator[Case]:

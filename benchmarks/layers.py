@@ -57,7 +57,7 @@ def reference(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
 
 def ours(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float) -> Call:
     R = a.shape[0]
-    layer = fastlora.LoRALinear.from_linear(_base(w, bias), r=R, lora_alpha=scale * R, lora_dropout=p)
+    layer = fastlora.LoRALinear.from_linear(base_of(w, bias), r=R, lora_alpha=scale * R, lora_dropout=p)
     layer.lora_A.weight, layer.lora_B.weight = _parameters(a, b)
     return lambda: layer(x)
 
@@ -69,7 +69,8 @@ def ours_patched(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor
     return lambda: layer(x)
 
 
-def _base(w: Tensor, bias: Tensor | None) -> nn.Linear:
+def base_of(w: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A linear layer over these very tensors."""
     N, K = w.shape
     base = nn.Linear(K, N, bias=False, device="meta")
     base.weight = nn.Parameter(w, requires_grad=False)
@@ -88,7 +89,7 @@ def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
 
     R = a.shape[0]
     config = LoraConfig(r=R, lora_alpha=scale * R, lora_dropout=p, target_modules=["0"])
-    model = inject_adapter_in_model(config, nn.Sequential(_base(w, bias))).train()
+    model = inject_adapter_in_model(config, nn.Sequential(base_of(w, bias))).train()
     layer = model[0]
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = _parameters(a, b)
     return model
@@ -98,19 +99,24 @@ def only_in_batches(w: Tensor, *_: object) -> None:
     """What one layer with one adapter has nothing of."""
 
 
-_HAS_PEFT = importlib.util.find_spec("peft") is not None
+def only_in_groups(w: Tensor, *_: object) -> None:
+    """What one layer alone has nothing of."""
+
+
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 _PEFT: dict[str, Build] = {"peft": peft, "peft-compiled": peft_compiled}
 _FOR_PEFT: dict[str, Build] = {"peft-style": peft_style, "peft-style-compiled": peft_style_compiled}
 
 IMPLS: dict[str, Build] = {
     FLOOR: frozen,
-    **(_PEFT if _HAS_PEFT else _FOR_PEFT),
+    **(_PEFT if HAS_PEFT else _FOR_PEFT),
     "reference": reference,
     "unsloth-style": unsloth_style,
     "lorafusion-style": lorafusion_style,
+    "shared-shrink": only_in_groups,
     "vllm-style": only_in_batches,
     "fastlora": ours,
-    **({"fastlora-patched": ours_patched} if _HAS_PEFT else {}),
+    **({"fastlora-patched": ours_patched} if HAS_PEFT else {}),
 }
 """By name; where peft is not installed, its formulation in plain torch stands in for it."""
 

@@ -1,4 +1,4 @@
-"""Suite `overhead`: host time per call at M = 1 on a layer too small to compute anything, in evaluation and training.
+"""Suite `overhead`: host time per call of few rows on a layer too small to compute anything.
 
 Evaluation is a forward under `no_grad`; training is a forward that autograd records and its backward.
 """
@@ -20,20 +20,21 @@ from benchmarks.shapes import DTYPES, Case, mix
 
 def cases(bench: Bench) -> list[Case]:
     dtypes = (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"))[: 1 if bench.set_name == "tiny" else None]
-    return [Case("tiny", 1, 4, *pair, p, ("call",)) for pair in dtypes for p in (0.0, 0.1)]
+    rows = (1, 4, 16)[: 1 if bench.set_name == "tiny" else None]
+    return [Case("tiny", M, 4, *pair, p, ("call",)) for M in rows for pair in dtypes for p in (0.0, 0.1)]
 
 
 def measure(case: Case, bench: Bench) -> Found:
     """Evaluation where nothing is dropped, training in every case."""
     main, adapter = DTYPES[case.dtype], DTYPES[case.adapter_dtype]
-    operands = Operands.random(1, case.K, case.N, case.R, main, adapter, case.p, bench.machine.device)
+    operands = Operands.random(case.M, case.K, case.N, case.R, main, adapter, case.p, bench.machine.device)
     found = Found()
     calls, errors = admitted(operands, case, bench, found)
     for mode in ("training",) if case.p else ("eval", "training"):
         entries = [Entry(impl, "call", run=_run(impl, call, operands, mode)) for impl, call in calls.items()]
         times = race_host(entries, bench.rounds, bench.machine.device)
-        name = f"{mode} M1 {mix(case.dtype, case.adapter_dtype)} p{case.p:g}"
-        subject = Subject("overhead", name, 1, case.K, case.N, case.R, case.dtype, case.adapter_dtype, case.p)
+        name = f"{mode} M{case.M} {mix(case.dtype, case.adapter_dtype)} p{case.p:g}"
+        subject = Subject("overhead", name, case.M, case.K, case.N, case.R, case.dtype, case.adapter_dtype, case.p)
         found.records += [record(subject, key, times, bench.machine, error=errors[key[0]]) for key in times]
     return found
 

@@ -45,10 +45,12 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(32, 48, 1, 4, 64, 2, 8),
-    "cpu": Size(256, 768, 4, 8, 2000, 4, 64),
-    "gpu": Size(2048, 8192, 4, 32, 32000, 4, 2048),
+    "tiny": (Size(32, 48, 1, 4, 64, 2, 8),),
+    "cpu": (Size(256, 768, 4, 8, 2000, 4, 64), Size(512, 1536, 4, 8, 2000, 4, 128)),
+    "gpu": (Size(2048, 8192, 4, 32, 32000, 4, 2048),),
 }
+RATES = {512: (0.0, 0.05)}
+"""Dropout by hidden size, 0 and 0.1 for all others."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Case:
 def cases(bench: Bench) -> list[Case]:
     mixes = {"tiny": (("fp32", "fp32"),), "gpu": (("bf16", "fp32"), ("bf16", "bf16"))}
     pairs = mixes.get(bench.set_name, (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")))
-    return [Case(SIZES[bench.set_name], *pair, p) for pair in pairs for p in (0.0, 0.1)]
+    sizes = SIZES[bench.set_name]
+    return [Case(size, *pair, p) for size in sizes for pair in pairs for p in RATES.get(size.hidden, (0.0, 0.1))]
 
 
 def _frozen(model: PeftModel) -> None:

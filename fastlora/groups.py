@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+import random
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 log = logging.getLogger("fastlora")
 
@@ -25,29 +28,19 @@ def siblings(
     Returns the groups, every layer in one, and why the model could not be traced; then each layer is by itself.
     """
     calls: list[_Call] = []
-
-    def note(name: str, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            calls.append(_Call(name, args[0], args[0]._version))
-
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)) for name, layer in layers.items()
-    ]
-    guesses = [inputs] if inputs is not None else _guesses(model, layers)
-    reason = None
-    try:
-        for guess in guesses:
-            calls.clear()
-            reason = _trace(model, guess)
-            if reason is None:
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
+    reason = None  # the first guess's, if all fail: it was the likeliest
+    for guess in [inputs] if inputs is not None else _guesses(model, layers):
+        calls.clear()
+        with _quiet(model, layers, calls):
+            failed = _trace(model, guess)
+        if failed is None:
+            reason = None
+            break
+        reason = reason or failed
     if reason is not None:
         log.info("fastlora: layers stay ungrouped: %s", reason)
         calls.clear()
-    groups = list(_runs(calls, together))
+    groups = list(_runs(model, calls, together))
     seen = {name for group in groups for name in group}
     return groups + [[name] for name in layers if name not in seen], reason
 
@@ -58,23 +51,80 @@ class _Call(NamedTuple):
     version: int
 
 
-def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Run the model once on tensors without storage.   Returns why that failed."""
+@contextlib.contextmanager
+def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]) -> Iterator[None]:
+    """Inside, a run of the model notes the calls of `layers` and changes nothing that outlives it.
+
+    It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
+    ones would convert their weights, and some variants count their calls. What a module keeps for later (a mask, a
+    cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states.
+    """
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def stub(layer: Any) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if id(layer) in names:
+                calls.append(_Call(names[id(layer)], x, x._version))
+            return x.new_empty((*x.shape[:-1], _out_features(layer)))
+
+        return forward
+
+    before, random_state = [(vars(module), _contents(vars(module))) for module in model.modules()], random.getstate()
+    for module in model.modules():
+        vars(module).update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+        if id(module) in names or _linear(module):
+            vars(module)["forward"] = stub(module)
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            model(**inputs)
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        random.setstate(random_state)
+        for attributes, contents in before:
+            for container, content in [(attributes, contents[0]), *contents[1:]]:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _contents(attributes: dict[str, Any]) -> list[Any]:
+    """A copy of a module's attributes, then (container, a copy of what is in it) for each that is one."""
+    kept = [value for value in attributes.values() if type(value) in (dict, OrderedDict, list, set)]
+    return [dict(attributes), *((value, value.copy()) for value in kept)]
+
+
+def _linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of some kind, and nothing around others: a LinearAttention has layers inside."""
+    return "Linear" in type(module).__name__ and _out_features(module) is not None and not list(module.children())
+
+
+def _out_features(layer: nn.Module) -> Any:
+    """N; transformers' Conv1D calls it nf."""
+    return getattr(layer, "out_features", getattr(layer, "nf", None))
+
+
+def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+    """Run the model once on tensors without storage, uncompiled.   Returns why that failed."""
+    try:
+        with (
+            torch.no_grad(),
+            FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            torch.compiler.set_stance("force_eager"),
+        ):
+            # of a tensor with storage, a change in place would not be seen; ids keep theirs: models look at them
+            model(**tree_map_only(Tensor, lambda t: mode.from_tensor(t) if t.is_floating_point() else t, inputs))
     except Exception as error:  # a model may do anything with a tensor that has no data
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
     return None
 
 
 def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+    model = getattr(model, "module", model)  # DistributedDataParallel's
     first = next(model.parameters(), torch.empty(0))
     ids = torch.zeros((1, 4), dtype=torch.int64, device=first.device)
+    guesses = []
     if not isinstance(getattr(model, "config", {}), dict):  # which PEFT gives a model that has none
         decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
         mask = {"attention_mask": torch.ones_like(ids)}  # without one, some look for padding in ids that have no data
-        return [{"input_ids": ids, **mask, **decoder}, {"input_ids": ids, **decoder}]
+        guesses = [{"input_ids": ids, **mask, **decoder}, {"input_ids": ids, **decoder}]
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
     needed = [
         name
@@ -85,10 +135,31 @@ def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
     width = next((layer.in_features for layer in layers.values() if hasattr(layer, "in_features")), 1)
     x = torch.zeros((1, 4, width), dtype=first.dtype, device=first.device)
-    return [dict.fromkeys(needed, x), dict.fromkeys(needed, ids)]
+    if needed != ["input_ids"]:  # a tensor each: an argument is no other
+        guesses += [{name: t.clone() for name in needed} for t in (x, ids)]
+    return guesses
 
 
-def _runs(calls: list[_Call], together: int) -> Iterable[list[str]]:
+def owner(model: nn.Module, names: Sequence[str]) -> tuple[nn.Module, bool]:
+    """The module whose forward calls all the named ones: the innermost around them that has a forward.
+
+    And whether they lie in different entries of a list in it: blocks, which may be sharded or recomputed one by one.
+    """
+    paths = [name.split(".")[:-1] for name in names]
+    shared = next((i for i, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    around = [model]
+    for part in paths[0][:shared]:
+        around.append(around[-1].get_submodule(part))
+    blocks = _formless(around[-1]) and any(len(path) > shared for path in paths)
+    return next((module for module in reversed(around) if not _formless(module)), model), blocks
+
+
+def _formless(module: nn.Module) -> bool:
+    """A ModuleList or the like, that is never called."""
+    return type(module).forward is nn.Module.forward
+
+
+def _runs(model: nn.Module, calls: list[_Call], together: int) -> Iterable[list[str]]:
     """Maximal runs of calls with one tensor as it was.   A layer called more than once, or with layers of its own now
     and other layers then, stays by itself."""
     often = Counter(call.name for call in calls)
@@ -96,7 +167,7 @@ def _runs(calls: list[_Call], together: int) -> Iterable[list[str]]:
     for call in calls:
         alone = often[call.name] > 1
         same = bool(run) and call.x is run[0].x and call.version == run[0].version
-        if run and (not same or alone or len(run) == together):
+        if run and (not same or alone or len(run) == together or owner(model, [run[0].name, call.name])[1]):
             yield [member.name for member in run]
             run = []
         if not alone:

@@ -13,6 +13,12 @@ from fastlora.checks import check_numbers
 from fastlora.functional import lora_linear
 
 
+def own(module: Any, name: str) -> Any:
+    """module.name, by way of its parameters: nn.Module's own lookup costs 0.4 µs."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
+
+
 class LoRALinear(nn.Module):
     """y = x·weightᵀ + bias + scaling·(drop(x)·lora_Aᵀ·lora_Bᵀ + lora_bias), scaling = lora_alpha / r.
 
@@ -145,18 +151,19 @@ class LoRALinear(nn.Module):
         return dispatch.decide(x, self.out_features, self.r)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
+        if self._frozen is not None:
             return nn.functional.linear(x, self.weight, self.bias)
+        lora_A, lora_B = self._modules["lora_A"], self._modules["lora_B"]
         return lora_linear(
             x,
-            self.weight,
-            self.bias,
-            self.lora_A.weight,
-            self.lora_B.weight,
+            own(self, "weight"),
+            own(self, "bias"),
+            own(lora_A, "weight"),
+            own(lora_B, "weight"),
             self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
-            lora_bias=self.lora_B.bias,
+            lora_bias=own(lora_B, "bias"),
         )
 
     def extra_repr(self) -> str:

@@ -81,6 +81,30 @@ def test_each_row_is_that_request_alone_in_peft(family: str) -> None:
     assert_all_close(draws)
 
 
+def test_sixty_four_adapters_in_one_batch() -> None:
+    """Each request its own, of every rank, a base row after every eighth."""
+    base, who = base_model(), [f"t{i}" for i in range(64)]
+    mapping = [name for i, own in enumerate(who) for name in ((own, None) if i % 8 == 7 else (own,))]
+    bank, inputs = AdapterBank(copy.deepcopy(base), max_loras=64), batch(rows=len(mapping))
+    triple: tuple[dict[str, Tensor], ...] = ({}, {}, {})
+    expected = {}
+    for i, name in enumerate(who):
+        r = RANKS[i % len(RANKS)]
+        model, row = tenant(base, r=r, lora_alpha=max(1, r // 2)), rows(inputs, mapping.index(name))
+        take(bank, name, model)
+        expected[name] = logits(model, row), logits(model.double(), row)
+    with bank.use(adapter_names=mapping):
+        mixed = logits(model_of(bank), inputs)
+    alone = logits(base, inputs)
+    for row, name in enumerate(mapping):
+        if name is None:
+            assert_same(mixed[row], alone[row])
+        else:
+            for results, value in zip(triple, (mixed[row : row + 1], *expected[name]), strict=True):
+                results[name] = value
+    assert_all_close([triple])
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "t5"])
 def test_greedy_tokens_are_those_alone(family: str) -> None:
     models = tenants_of(base_model(family), family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import replace
 
 import plain
@@ -77,14 +78,14 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many partials each reduction of this test summed, in order."""
     counts: list[int] = []
 
-    def counted(partials: Tensor, out: Tensor) -> Tensor:
-        counts.append(len(partials))
-        return reduce(partials, out)
+    def counted(partials: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        counts.extend(map(len, partials))
+        reduce_each(partials, outs)
 
-    from fastlora_kernels.reduce import reduce
-
-    for name in ("shrink", "dy_pass", "x_pass"):
-        monkeypatch.setattr(importlib.import_module(f"fastlora_kernels.{name}"), "reduce", counted)
+    module = importlib.import_module("fastlora_kernels.reduce")
+    reduce_each = module.reduce_each
+    for name in ("reduce", "dy_pass", "x_pass"):
+        monkeypatch.setattr(importlib.import_module(f"fastlora_kernels.{name}"), "reduce_each", counted)
     return counts
 
 

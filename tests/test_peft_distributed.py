@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from grouping import group_calls
 from models import batch, counted, lora_layers, peft_model, step
 from tolerance import assert_all_close
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fastlora
+from fastlora import ops
 from fastlora.peft import why_not
 
 WORLD = 2
@@ -39,27 +42,41 @@ def fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def worker(rank: int, rendezvous: str) -> None:
+def fsdp2_of_leaves(model: nn.Module) -> nn.Module:
+    """Some layers, or what they are made of, units of their own, gathered when they are called and not by siblings."""
+    for name, layer in lora_layers(model).items():
+        if "k_proj" in name or "up_proj" in name:
+            fully_shard(layer if "k_proj" in name else layer.base_layer)
+    return fully_shard(model)
+
+
+def worker(rank: int, rendezvous: str, few: int) -> None:
+    ops.FEW_INPUTS = few
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    for wrap in (ddp, fsdp2):
+    for wrap in (ddp, fsdp2) if few else (ddp, fsdp2, fsdp2_of_leaves):
         draws = []
-        for seed in range(2):
+        for seed in range(2 if few else 3):
             torch.manual_seed(seed)
             model, inputs = peft_model("llama"), batch(rows=WORLD)
             mine = {name: value[rank : rank + 1] for name, value in inputs.items()}
             ours, exact = copy.deepcopy(model), copy.deepcopy(model).double()
-            report = fastlora.patch(ours, strict=True)
+            report = fastlora.patch(ours, strict=wrap is not fsdp2_of_leaves)
+            leaves = 4 if wrap is fsdp2_of_leaves else 0  # which PEFT's forward runs, and their siblings one by one
+            groups = [] if few or leaves else report.groups
             ours = wrap(ours)
-            with counted() as calls:
+            with counted() as calls, group_calls() as in_groups:
                 actual = gradients(ours, mine)
-            assert calls == (len(report.patched), 0), calls
+            assert calls == (len(report.patched) - leaves - sum(map(len, groups)), 0), calls
+            assert in_groups.call_count == len(groups)
             draws.append((actual, gradients(wrap(model), mine), gradients(wrap(exact), mine)))
         assert_all_close(draws)
-    layers = lora_layers(ours).values()  # between steps, FSDP2's shards are DTensors
-    assert all("DTensor, not a plain tensor" in str(why_not(layer)) for layer in layers)
+        if wrap is fsdp2:  # between steps, FSDP2's shards are DTensors
+            layers = lora_layers(ours).values()
+            assert all("DTensor, not a plain tensor" in str(why_not(layer)) for layer in layers)
     dist.destroy_process_group()
 
 
-def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("few", [ops.FEW_INPUTS, 0], ids=["one by one", "in groups"])
+def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path, few: int) -> None:
     """Strict, so nothing fell back: FSDP2 hands its layers whole weights during forward and backward."""
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"), few), nprocs=WORLD)

@@ -159,11 +159,11 @@ def test_a_coordinate_is_an_int32() -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     w = of(64, 64)
-    assert takes_tma(of(2**31 - 8, 64), w, of(2**31 - 8, 64))
-    assert not takes_tma(of(2**31, 64), w, of(2**31, 64))
-    assert not takes_tma(of(64, 0), of(64, 0), of(64, 64))
-    assert not takes_tma(of(64, 64), of(64, 64, dtype=fp16), of(64, 64))
-    assert not takes_tma(*(of(64, 64, dtype=fp32),) * 3)
+    assert takes_tma([of(2**31 - 8, 64)], [w], of(2**31 - 8, 64))
+    assert not takes_tma([of(2**31, 64)], [w], of(2**31, 64))
+    assert not takes_tma([of(64, 0)], [of(64, 0)], of(64, 64))
+    assert not takes_tma([of(64, 64)], [of(64, 64, dtype=fp16)], of(64, 64))
+    assert not takes_tma([of(64, 64, dtype=fp32)], [of(64, 64, dtype=fp32)], of(64, 64, dtype=fp32))
 
 
 def test_the_table_names_another_tile_for_what_runs_plain(

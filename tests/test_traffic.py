@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlora_kernels.traffic import JobsLayer, Layer, Work
+from fastlora_kernels.traffic import Group, JobsLayer, Layer, Work
 
 TYPICAL = Layer(M=8192, K=4096, N=4096, R=16)
 MIB = 2**20
@@ -75,3 +75,44 @@ def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:
 def test_an_unknown_pass_is_refused() -> None:
     with pytest.raises(ValueError, match="which: got 'sideways', wanted one of"):
         TYPICAL.lora("sideways")
+
+
+def qkv(**changed: bool) -> Group:
+    """q, k and v of Llama-3-8B."""
+    return Group(tuple(replace(TYPICAL, N=N, **changed) for N in (4096, 1024, 1024)))
+
+
+def test_a_group_reads_x_once_for_its_shrinks_and_once_for_its_das() -> None:
+    alone = [replace(TYPICAL, N=N) for N in (4096, 1024, 1024)]
+    x = 2 * 8192 * 4096
+    for pass_, saved in (("shrink", 2 * x), ("x", 2 * x), ("dx", 2 * x), ("dy", 0), ("expand", 0)):
+        group, layers = getattr(qkv(), pass_)(), sum((getattr(m, pass_)() for m in alone), Work())
+        assert (group.flops, group.bytes) == (layers.flops, layers.bytes - saved), pass_
+
+
+def test_the_floor_of_a_group() -> None:
+    """4 + (members) readings and writings of x and dx, 3 of each dy, 2 of each w."""
+    wanted = 2 * (elements(8192, 4096, 6144, mk=0, mn=3, nk=2) + (1 + 3 + 1 + 1) * 8192 * 4096)
+    assert qkv().lora("both").bytes == pytest.approx(wanted, rel=0.015)
+
+
+def test_a_group_of_one_is_its_layer() -> None:
+    for fused in (True, False):
+        one = Group((replace(TYPICAL, fused=fused),), fused)
+        for which in ("forward", "backward", "both"):
+            assert one.lora(which) == replace(TYPICAL, fused=fused).lora(which)
+            assert one.frozen(which) == TYPICAL.frozen(which)
+
+
+def test_split_adds_the_dxs_up_one_by_one() -> None:
+    """Two more readings and writings of dx between the three GEMMs, then one for the update; and one a y."""
+    x, ys = 2 * 8192 * 4096, 2 * 8192 * 6144
+    assert replace(qkv(), fused=False).lora("both").bytes - qkv().lora("both").bytes == 2 * 2 * x + 2 * x + 2 * ys
+
+
+def test_members_without_an_adapter_and_gradients_that_nobody_wants() -> None:
+    bare = Group(tuple(replace(m, R=0) for m in qkv().members))
+    assert bare.lora("forward") == bare.frozen("forward") and bare.shrink() == bare.x() == bare.dy() == Work()
+    nothing = qkv(want_dx=False, want_da=False, want_db=False)
+    assert nothing.lora("backward") == Work() == nothing.frozen("backward")
+    assert replace(nothing, fused=False).lora("backward") == Work()

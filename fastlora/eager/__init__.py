@@ -5,17 +5,17 @@ products with fp32 adapters on a bf16 base run as one bf16 product of split fact
 dropped elements instead of one number an element.
 """
 
+from fastlora.eager import few
 from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
 from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.jobs import jobs_backward, jobs_linear, jobs_update
-from fastlora.eager.linear import FEW_INPUTS, few_rows, lora_backward, lora_linear, lora_update
+from fastlora.eager.linear import lora_backward, lora_linear, lora_update
 from fastlora.eager.multi import multi_update_
 
 __all__ = [
     "FEW_ELEMENTS",
-    "FEW_INPUTS",
     "dropped",
-    "few_rows",
+    "few",
     "holes",
     "jobs_backward",
     "jobs_linear",

@@ -52,9 +52,9 @@ def _drops(x: Tensor, gone: Sequence[Tensor | None], dtype: torch.dtype) -> Iter
             yield buffer
             continue
         flat = buffer.view(-1)
-        kept = flat[positions]
+        kept = flat.index_select(0, positions)
         yield flat.index_fill_(0, positions, 0).view(buffer.shape)
-        flat.index_copy_(0, positions, kept)
+        flat.scatter_(0, positions, kept)
 
 
 def _thin(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
@@ -196,8 +196,8 @@ def _add_dx_(dx: Tensor, terms: Sequence[_Term]) -> Tensor:
     """dx += Σ_i mask_i ⊙ scale_i·(dh_i·a_i) in place."""
     flat = dx.view(-1)
     for term in terms:
-        base = flat[term.gone] if term.gone is not None else None
+        base = flat.index_select(0, term.gone) if term.gone is not None else None
         add_low_rank_(dx, term.dh, term.a, term.scale)
         if base is not None and term.gone is not None:  # where x was dropped, what was there remains
-            flat.index_copy_(0, term.gone, base)
+            flat.scatter_(0, term.gone, base)
     return dx

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora.eager.dropout import dropped
+from fastlora.eager.dropout import holes
 from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
@@ -60,8 +60,7 @@ def _land_(y: Tensor, rows: slice | Tensor, f: Tensor, g: Tensor, scale: float, 
     if isinstance(rows, Tensor) and y.dtype == f.dtype:  # a third of the time of taking y's rows and putting them back
         term = torch.mm(f, g.to(f.dtype)).mul_(scale)
         if gone is not None:
-            flat = term.view(-1)
-            flat[gone] = 0
+            term.view(-1).index_fill_(0, gone, 0)
         y.index_add_(0, rows, term)
         return
     mine = _take(y, rows)
@@ -86,7 +85,7 @@ def _gone(part: Part, seeds: Tensor | None, K: int, ps: Sequence[float]) -> Tens
     """What dropout takes from a job's own rows: row 0 is the job's first, so that nobody's company moves its mask."""
     if seeds is None or ps[part.job] == 0:
         return None
-    return dropped(seeds[part.job], part.size, K, ps[part.job])
+    return holes(seeds[part.job], part.size, K, ps[part.job])
 
 
 def _add_(

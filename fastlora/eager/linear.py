@@ -6,22 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora.eager.dropout import dropped
-from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, with_bias
+from fastlora.eager import few
+from fastlora.eager.dropout import holes
+from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
-
-FEW_INPUTS = 2**16
-"""M·K up to which calls cost more than arithmetic: `few_rows` instead of our rule, where autograd saves no more."""
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
-
-
-def few_rows(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float
-) -> Tensor:
-    """The layer without dropout on x: [..., K] of few rows, all of one dtype, by autograd's own nodes."""
-    return linear(x, w, bias).add_(linear(linear(x, a), b, lora_bias), alpha=scale)
 
 
 def lora_linear(
@@ -36,8 +27,11 @@ def lora_linear(
     p: float,
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
+    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+        y, h = few.forward(x, w, bias, a, b, lora_bias, _number(seed), scale, p)
+        return y, h.to(wide_dtype(x))
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
-    gone = dropped(seed, x.shape[0], x.shape[1], p) if seed is not None else None
+    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
     return add_low_rank_(y, *with_bias(h, b, lora_bias), scale), h
 
@@ -54,9 +48,12 @@ def lora_update(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
-    gone = dropped(seed, x.shape[0], x.shape[1], p) if seed is not None else None
-    h = shrink(x, a, gone, p)
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
+    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+        h = few.add_update_(out, x, a, b, lora_bias, _number(seed), scale, p)
+        return out.to(dtype), h.to(wide_dtype(x))
+    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
+    h = shrink(x, a, gone, p)
     return add_low_rank_(out, *with_bias(h, b, lora_bias), scale).to(dtype), h
 
 
@@ -78,17 +75,24 @@ def lora_backward(
 
     x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
     """
+    M, K = dy.shape[0], a.shape[1]
+    if few.applies(dy, M * K, p if seed is not None else 0.0):
+        return few.backward(dy, x, w, a, b, h, _number(seed), scale, p, want_dx, want_da, want_db)
     thin = thin_dtype(dy, b)
     dy_thin, b_thin = dy.to(thin), b.to(thin)
     dx = da = db = None
     if want_db and h is not None:
-        db = torch.addmm(b_thin, dy_thin.t(), h.to(thin), beta=0, alpha=scale).to(b.dtype)  # β = 0: b unread
+        h_thin = h.to(thin)
+        if thin.itemsize == 2:
+            db = torch.addmm(b_thin, dy_thin.t(), h_thin, beta=0, alpha=scale)  # β = 0: b unread
+        else:  # (hᵀ·dy)ᵀ: in fp32 MKL takes twice as long over [N, R] as over [R, N]
+            db = torch.addmm(b_thin.t(), h_thin.t(), dy_thin, beta=0, alpha=scale).t().contiguous()
+        db = db.to(b.dtype)
     if not (want_dx or want_da):
         return dx, da, db
-    M, K = dy.shape[0], a.shape[1]
     gone = None
     if seed is not None:
-        gone, scale = dropped(seed, M, K, p), scale * dropout_scale(p)
+        gone, scale = holes(seed, M, K, p), scale * dropout_scale(p)
     unscaled = torch.mm(dy_thin, b_thin)  # dh without its scale, which the next products bring
     if want_da and x is not None:
         thin = thin_dtype(x, a)
@@ -101,3 +105,7 @@ def lora_backward(
         if base is not None:
             flat[gone] = base
     return dx, da, db
+
+
+def _number(seed: Tensor | None) -> int | None:
+    return None if seed is None else int(seed)

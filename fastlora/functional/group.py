@@ -44,6 +44,8 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None], needs: Sequence[Any]) -> l
     needs: for x a bool, for each list a bool a member.   Returns the gradients in that order.
     """
     need_x, need_ws, need_biases, need_as, need_bs, need_lora_biases = needs
+    # an output that nobody used leaves its factors without a gradient, as a layer by itself does: zero would move them
+    need_as, need_bs = ([n and dy is not None for n, dy in zip(ns, dys, strict=True)] for ns in (need_as, need_bs))
     x, h, seeds, *factors = ctx.saved_tensors  # which checkpointing lets a backward read only once
     none: list[Any] = [None] * ctx.count
     dx, dws, das, dbs = None, none, none, none

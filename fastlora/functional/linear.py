@@ -13,7 +13,16 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import dispatch, ops
 from fastlora.checks import check_linear, check_update
-from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, once, opaque, standalone, sum_rows
+from fastlora.functional.rules import (
+    draw_number,
+    draw_seed,
+    face,
+    fold,
+    no_second_derivative,
+    opaque,
+    standalone,
+    sum_rows,
+)
 
 
 def _save(ctx: Any, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, h: Tensor, seed: Tensor | None) -> None:
@@ -111,6 +120,31 @@ class _LoRAUpdate(torch.autograd.Function):
     backward = staticmethod(_update_backward)
 
 
+class _FewRows(torch.autograd.Function):
+    """The rule of `_LoRALinear` where few rows meet a frozen base on a CPU: what autograd is told of costs time there.
+
+    So it is told of x, a and b alone, and keeps the seed as a number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        w, bias, lora_bias, ctx.seed, ctx.scale, ctx.p = rest
+        y, h = ops.few.forward(x, w, bias, a, b, lora_bias, ctx.seed, ctx.scale, ctx.p)
+        need_x, need_a, need_b, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_a else None, w if need_x else None, a, b, h if need_b else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, a, b, h = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if not (opaque(dy, "torch") or torch.is_autocast_enabled("cpu")):
+            return *ops.few.backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs), None
+        seed = None if ctx.seed is None else torch.tensor(ctx.seed)
+        grads = iter(torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, seed, ctx.scale, ctx.p, *needs, "torch"))
+        return *(next(grads) if need else None for need in needs), None
+
+
 standalone("fastlora::lora_linear", _linear_setup, _linear_backward)
 standalone("fastlora::lora_update", _update_setup, _update_backward)
 torch.library.register_autograd("fastlora::lora_backward", no_second_derivative)
@@ -123,6 +157,20 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any) -> Tensor
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return rule.apply(*inputs)
     return face(name, inputs[0], inputs[-1])(*inputs)[0]
+
+
+def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None, p: float) -> bool:
+    """Whether `_FewRows` may take a layer on the torch backend: nobody trains its base, or watches its ops."""
+    return (
+        ops.few.applies(x, x.numel(), p)
+        and not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and not (
+            w.requires_grad
+            or (bias is not None and bias.requires_grad)
+            or (lora_bias is not None and lora_bias.requires_grad)
+        )
+    )
 
 
 def lora_linear(
@@ -152,16 +200,14 @@ def lora_linear(
     if autocast is not None:
         x, weight = x.to(autocast), weight.to(autocast)
     p = dropout_p if training else 0.0
-    seed = draw_seed(x) if p > 0 else None
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_of(x, backend)
-    seen = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-    if where == "torch" and seed is None and autocast is None and not seen:
-        y = ops.few_rows(x, weight, bias, lora_A, lora_B, lora_bias, scale)
-        if y is not None:
-            if y.requires_grad:
-                y.register_hook(once)
-            return y
+    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias, p):
+        number = draw_number() if p > 0 else None
+        if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+            return _FewRows.apply(x, lora_A, lora_B, (weight, bias, lora_bias, number, scale, p))
+        return ops.few.forward(x, weight, bias, lora_A, lora_B, lora_bias, number, scale, p)[0]
+    seed = draw_seed(x) if p > 0 else None
     return _run(
         "lora_linear", _LoRALinear,
         x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p, where,

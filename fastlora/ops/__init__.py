@@ -4,18 +4,19 @@ Every op takes `backend`: "torch", or for the kernels "triton" (the table picks 
 (forced). Dropout is on when a `seed` is given. Leading dimensions of x are rows.
 """
 
-from fastlora.eager import FEW_INPUTS
+from fastlora.eager import few
+from fastlora.eager.few import FEW_INPUTS
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
 from fastlora.ops.jobs import jobs_backward, jobs_gradients, jobs_linear, jobs_update
 from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
-from fastlora.ops.linear import few_rows, gradients, lora_backward, lora_linear, lora_update
+from fastlora.ops.linear import gradients, lora_backward, lora_linear, lora_update
 from fastlora.ops.multi import multi_linear, multi_update_
 
 __all__ = [
     "FEW_INPUTS",
     "GROUP",
     "TRITON_DTYPES",
-    "few_rows",
+    "few",
     "gradients",
     "group_gradients",
     "jobs_backward",

@@ -61,7 +61,9 @@ def lora_group(
             ys, h = eager.lora_group(rows_of(x), *lists, seeds, scales, ps)
         else:
             ys, h = kernels.group_linear(rows_of(x), *lists, seeds, scales, ps, backend)
-    return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]) for y in ys], h
+    if x.dim() != 2:  # autograd forbids to change one of several views in place, as relu_ does
+        ys = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys]
+    return ys, h
 
 
 @torch.library.register_fake("fastlora::lora_group", lib=lib)

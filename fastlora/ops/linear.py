@@ -24,25 +24,6 @@ lib.define(
 )
 
 
-def few_rows(
-    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float
-) -> Tensor | None:
-    """y of the torch backend without dropout, where PyTorch's own nodes save no more than our rule and cost less.
-
-    So it is for few rows of one dtype on a CPU; None for all else.
-    """
-    dtype = x.dtype
-    if (
-        not x.is_cpu
-        or x.numel() > eager.FEW_INPUTS
-        or not (dtype is a.dtype is b.dtype)
-        or (bias is not None and dtype is not bias.dtype)
-        or (lora_bias is not None and dtype is not lora_bias.dtype)
-    ):
-        return None
-    return eager.few_rows(x, w, bias, a, b, lora_bias, scale)
-
-
 @torch.library.impl(lib, "lora_linear", "CompositeExplicitAutograd")
 def lora_linear(
     x: Tensor,

@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.dispatch import env
+from fastlora.modules import own
 
 PLAIN_BASES = (nn.Linear, Conv1D)
 PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -40,12 +41,6 @@ class Plan(NamedTuple):
     base: Any
     weight: Tensor | None
     adapters: list[Adapter]
-
-
-def own(module: nn.Module, name: str) -> Any:
-    """module.name, by way of its parameters: nn.Module's own lookup costs 0.4 µs."""
-    parameters = module._parameters
-    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -98,7 +93,7 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
     if name in layer.lora_variant:
         return f"adapter {name!r} is a variant: {type(layer.lora_variant[name]).__name__}"
     dropout = layer._modules["lora_dropout"]._modules[name]
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear or type(dropout) not in _DROPOUTS:
+    if not (type(lora_A) is type(lora_B) is nn.Linear and type(dropout) in _DROPOUTS):
         kinds = ", ".join(type(module).__name__ for module in (lora_A, lora_B, dropout))
         return f"adapter {name!r} is made of {kinds}, not of two Linear and Dropout or Identity"
     if hooked(lora_A) or hooked(lora_B) or hooked(dropout):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
-from fastlora.peft.judge import LIBRARY, judge_call, own, path_of
+from fastlora.modules import own
+from fastlora.peft.judge import LIBRARY, judge_call, path_of
 from fastlora.peft.siblings import Siblings
 
 

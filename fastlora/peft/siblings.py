@@ -8,7 +8,8 @@ an exception, or by a checkpoint that stops its recomputation early.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import dispatch, functional
-from fastlora.peft.judge import Plan, judge_call, own
+from fastlora.groups import owner
+from fastlora.modules import own
+from fastlora.peft.judge import Plan, judge_call
 
 
 @dataclass
@@ -34,7 +37,8 @@ class _Left:
 class _Slot:
     """Where the one group whose siblings are still to come leaves their outputs."""
 
-    left: _Left | None = None
+    def __init__(self) -> None:  # not on the class: a compiler's guards would see it appear
+        self.left: _Left | None = None
 
 
 class _ThreadSlot(_Slot, threading.local):
@@ -51,10 +55,11 @@ def _slot() -> _Slot:
 
 
 def forget(module: nn.Module, args: Any, output: Any) -> None:
-    """A hook on the siblings' parent: what nobody fetched is dropped when its forward ends, however it ends."""
-    slot = _slot()
-    if slot.left is not None:
-        slot.left = None
+    """A hook on who calls the siblings: what nobody fetched is dropped when its forward ends, however it ends."""
+    if _traced.left is not None:  # which a graph that ends between siblings leaves to those who run it
+        _traced.left = None
+    if not torch.compiler.is_compiling():
+        _here.left = None
 
 
 @torch._dynamo.assume_constant_result
@@ -68,11 +73,25 @@ def _opaque_to_the_compiler() -> bool:
         return True
 
 
+@torch._dynamo.assume_constant_result
+def _version_in_trace() -> int | None:
+    """The version of what the trace's last group was given, at this point of the trace; None in another graph."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    for node in reversed(InstructionTranslator.current_tx().output.graph.nodes):
+        if node.op == "call_function" and node.target is torch.ops.fastlora.lora_group:
+            x = node.args[0]
+            while x.op == "call_method" and x.target == "to":  # autocast's
+                x = x.args[0]
+            return int(x.meta["example_value"]._version)
+    return None
+
+
 def _modes(x: Tensor) -> tuple[Any, ...]:
     """What an output depends on beside x and the layer."""
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+    return torch.is_grad_enabled(), x.requires_grad, autocast
 
 
 def _key(plan: Plan) -> Any:
@@ -87,13 +106,26 @@ def _key(plan: Plan) -> Any:
     return [(t.data_ptr(), None if t.is_inference() else t._version) for t in tensors if t is not None], numbers
 
 
+def _gone() -> None:
+    """What a weak reference to a layer that is gone gives."""
+
+
 class Siblings:
-    """Layers of PEFT's, patched, that one forward calls one after another with the same tensor."""
+    """Layers of PEFT's, patched, that one forward calls one after another with the same tensor.
+
+    layers: weak references, so that a model is gone with the last name of it, and a layer with its place in the model.
+    """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = list(layers)
-        for index, layer in enumerate(self.layers):
+        self.layers: list[Callable[[], Any]] = [weakref.ref(layer) for layer in layers]
+        for index, layer in enumerate(layers):
             layer._siblings, layer._index = self, index
+
+    def __getstate__(self) -> list[Any]:
+        return [layer() for layer in self.layers]
+
+    def __setstate__(self, layers: list[Any]) -> None:
+        self.layers = [_gone if layer is None else weakref.ref(layer) for layer in layers]
 
     def run(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
         """The layer's output, its own or what a sibling left; None where it runs by itself."""
@@ -101,20 +133,23 @@ class Siblings:
         if compiling and _opaque_to_the_compiler():
             return None
         slot = _slot()
-        version = None if compiling or x.is_inference() else x._version
-        left, slot.left = slot.left, None
-        if left is not None and left.siblings is self and left.x is x and left.version == version:
-            y = left.ys[index]
-            if y is not None and left.modes == _modes(x) and left.keys[index] == _key(plan):
-                left.ys[index] = None
-                if any(other is not None for other in left.ys):
-                    slot.left = left
-                return y
+        left = slot.left
+        if left is not None:
+            slot.left = None
+            version = _version_in_trace() if compiling else None if x.is_inference() else x._version
+            if left.siblings is self and left.x is x and left.version == version is not None:
+                y = left.ys[index]
+                if y is not None and left.modes == _modes(x) and left.keys[index] == _key(plan):
+                    left.ys[index] = None
+                    if any(other is not None for other in left.ys):
+                        slot.left = left
+                    return y
         plans = self.plans(index, x, plan)
         if isinstance(plans, str):
             return None
         ys: list[Tensor | None] = list(_compute(x, plans))
         y, ys[index] = ys[index], None
+        version = _version_in_trace() if compiling else x._version
         slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
         return y
 
@@ -122,8 +157,15 @@ class Siblings:
         """What every member would run on x; or why they run one by one.   plan: of the member at index."""
         if not functional.together(x, dispatch.backend_of(x), len(self.layers)):
             return "few rows: calls cost more than arithmetic"
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return "an inference tensor does not tell when it has changed"
         plans = []
-        for i, layer in enumerate(self.layers):
+        for i, reference in enumerate(self.layers):
+            layer = reference()
+            if layer is None:
+                return "one of them is gone"
+            if layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                return f"{layer._name} has hooks that may change its input"
             theirs = plan if i == index else "its adapters are disabled" if layer._disable_adapters else None
             theirs = judge_call(layer, x, (), {}) if theirs is None else theirs
             if isinstance(theirs, str):
@@ -135,7 +177,8 @@ class Siblings:
 
     def explain(self, index: int, x: Tensor, plan: Plan) -> str:
         """How `run` would go."""
-        others = ", ".join(layer._name.split(".")[-1] for i, layer in enumerate(self.layers) if i != index)
+        layers = [layer for i, reference in enumerate(self.layers) if i != index and (layer := reference()) is not None]
+        others = ", ".join(layer._name.split(".")[-1] for layer in layers)
         plans = self.plans(index, x, plan)
         if isinstance(plans, str):
             return f"apart from {others}: {plans}"
@@ -160,15 +203,10 @@ def _compute(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
 
 
 def join(model: nn.Module, names: Sequence[str], layers: dict[str, Any]) -> None:
-    """Make siblings of the named layers, and let their common parent forget what nobody fetched."""
-    Siblings([layers[name] for name in names])
-    paths = [name.split(".")[:-1] for name in names]
-    shared = 0
-    while all(len(path) > shared and path[shared] == paths[0][shared] for path in paths):
-        shared += 1
-    parent = model.get_submodule(".".join(paths[0][:shared]))
-    if forget not in parent._forward_hooks.values():
-        parent.register_forward_hook(forget, always_call=True)
+    """Make siblings of the named layers, and let the module that calls them forget what nobody fetched."""
+    siblings = Siblings([layers[name] for name in names])
+    handle = owner(model, names)[0].register_forward_hook(forget, always_call=True)
+    weakref.finalize(siblings, handle.remove)  # merge_and_unload leaves no layer of ours
 
 
 def part(model: nn.Module) -> None:

@@ -1,12 +1,14 @@
-"""dh = scale·dy·b and db = scale·dyᵀ·h, with dy read once from DRAM.
+"""dh = scale·dy·b and db = scale·dyᵀ·h of one layer, or of all of a group, with each dy read once from DRAM.
 
 One launch, two roles. Rows come in bands that fit the L2 cache; a band's dh programs (a block of rows × all columns)
-and its db programs (a block of columns × all rows of the band) are neighbours in launch order, so the second reading
-of the band is an L2 hit. dh needs no partials unless there are few rows; db has one partial a band. Together they stay
-under 10 % of dy's bytes.
+and its db programs (a block of columns × all rows of the band) are neighbours in launch order, member by member, so
+the second reading of the band is an L2 hit. dh needs no partials unless there are few rows; db has one partial a band.
+Together they stay under 10 % of dy's bytes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,34 +17,111 @@ from torch import Tensor
 
 from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, pieces
-from fastlora_kernels.reduce import reduce
+from fastlora_kernels.members import strides
+from fastlora_kernels.reduce import reduce, reduce_each
 from fastlora_kernels.shrink import block_r, chunks
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import outer_tile, shrink_tile
+from fastlora_kernels.tiles import outer_tile, ranks_at, shrink_tile
 
 
-@triton.jit(do_not_specialize=["M", "dh_programs", "db_programs", "n_parts"])
-def _dy_kernel(
+@triton.jit
+def _dh_tile(
     dy_ptr,
-    h_ptr,
     b_ptr,
     dh_ptr,
+    M,
+    N,
+    R,
+    width,
+    n_chunk,
+    stride_dm,
+    stride_dn,
+    stride_bn,
+    stride_br,
+    scale,
+    pid_m,
+    pid_r,
+    part,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """dh[part, a block of rows, this member's columns] over a chunk of dy's columns."""
+    (dh,) = shrink_tile(
+        dy_ptr, (b_ptr,), dy_ptr, M, N, (R,), stride_dm, stride_dn, (stride_bn,), (stride_br,), pid_m, pid_r,
+        part * n_chunk, tl.minimum(N, (part + 1) * n_chunk), (0,),
+        (-1,), (PIECES,), INTERPRET, BLOCK_M, (BLOCK_R,), BLOCK_K,
+    )  # fmt: skip
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = ranks_at(pid_r, BLOCK_R)
+    dh_rows = dh_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * width
+    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
+    tl.store(dh_rows + offs_r[None, :], dh * tl.cast(scale, tl.float32), mask=mask)
+
+
+@triton.jit
+def _db_tile(
+    dy_ptr,
+    h_ptr,
     db_ptr,
     M,
     N,
     R,
-    n_chunk,
-    n_parts,
     band_rows,
-    dh_programs,
-    db_programs,
     stride_dm,
     stride_dn,
     stride_hm,
     stride_hr,
-    stride_bn,
-    stride_br,
     scale,
+    pid_n,
+    pid_r,
+    band,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """db[band, a block of dy's columns] over the rows of a band."""
+    (db,) = outer_tile(
+        dy_ptr, (h_ptr,), dy_ptr, N, (R,), stride_dm, stride_dn, (stride_hm,), (stride_hr,), pid_n, pid_r,
+        band * band_rows, tl.minimum(M, (band + 1) * band_rows), (0,),
+        (-1,), (PIECES,), INTERPRET, BLOCK_K, (BLOCK_R,), BLOCK_N,
+    )  # fmt: skip
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = ranks_at(pid_r, BLOCK_R)
+    db_rows = db_ptr + (band.to(tl.int64) * N + offs_n)[:, None] * R
+    mask = (offs_n < N)[:, None] & (offs_r < R)[None, :]
+    db *= tl.cast(scale, tl.float32)
+    tl.store(db_rows + offs_r[None, :], cast(db, db_ptr.dtype.element_ty, INTERPRET), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "dh_programs", "n_parts"])
+def _dy_kernel(
+    dy_ptrs,
+    h_ptrs,
+    b_ptrs,
+    dh_ptr,
+    db_ptrs,
+    M,
+    Ns,
+    Rs,
+    width,
+    n_chunks,
+    n_parts,
+    band_rows,
+    dh_programs,
+    strides_dm,
+    strides_dn,
+    strides_hm,
+    strides_hr,
+    strides_bn,
+    strides_br,
+    scales,
+    WANT_DH: tl.constexpr,
+    WANT_DB: tl.constexpr,
     H_PIECES: tl.constexpr,
     B_PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -51,35 +130,35 @@ def _dy_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    band = tl.program_id(0) // (dh_programs + db_programs)
-    pid = tl.program_id(0) % (dh_programs + db_programs)
+    programs = 0
+    for i in tl.static_range(len(dy_ptrs)):
+        if WANT_DH[i]:
+            programs += dh_programs
+        if WANT_DB[i]:
+            programs += tl.cdiv(Ns[i], BLOCK_N)
+    band = tl.program_id(0) // programs
+    pid = tl.program_id(0) % programs
     pid_r = tl.program_id(1)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    mask_r = offs_r < R
-    if pid < dh_programs:
-        pid_m = band * (band_rows // BLOCK_M) + pid // n_parts
-        part = pid % n_parts
-        dh = shrink_tile(
-            dy_ptr, b_ptr, dy_ptr, M, N, R, stride_dm, stride_dn, stride_bn, stride_br, pid_m, pid_r,
-            part * n_chunk, tl.minimum(N, (part + 1) * n_chunk), 0,
-            False, B_PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
-        )  # fmt: skip
-        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        dh_rows = dh_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R
-        dh_mask = (offs_m < M)[:, None] & mask_r[None, :]
-        tl.store(dh_rows + offs_r[None, :], dh * tl.cast(scale, tl.float32), mask=dh_mask)
-    else:
-        pid_n = pid - dh_programs
-        db = outer_tile(
-            dy_ptr, h_ptr, dy_ptr, N, R, stride_dm, stride_dn, stride_hm, stride_hr, pid_n, pid_r,
-            band * band_rows, tl.minimum(M, (band + 1) * band_rows), 0,
-            False, H_PIECES, INTERPRET, BLOCK_K, BLOCK_R, BLOCK_N,
-        )  # fmt: skip
-        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        db_rows = db_ptr + (band.to(tl.int64) * N + offs_n)[:, None] * R
-        db_mask = (offs_n < N)[:, None] & mask_r[None, :]
-        db *= tl.cast(scale, tl.float32)
-        tl.store(db_rows + offs_r[None, :], cast(db, db_ptr.dtype.element_ty, INTERPRET), mask=db_mask)
+    for i in tl.static_range(len(dy_ptrs)):
+        ranks_left = pid_r * BLOCK_R[i] < Rs[i]
+        if WANT_DH[i]:
+            if (pid >= 0) & (pid < dh_programs) & ranks_left:
+                _dh_tile(
+                    dy_ptrs[i], b_ptrs[i], dh_ptr, M, Ns[i], Rs[i], width, n_chunks[i],
+                    strides_dm[i], strides_dn[i], strides_bn[i], strides_br[i], scales[i],
+                    band * (band_rows // BLOCK_M) + pid // n_parts, pid_r, pid % n_parts,
+                    B_PIECES[i], INTERPRET, BLOCK_M, BLOCK_K, BLOCK_R[i],
+                )  # fmt: skip
+            pid -= dh_programs
+        if WANT_DB[i]:
+            if (pid >= 0) & (pid < tl.cdiv(Ns[i], BLOCK_N)) & ranks_left:
+                _db_tile(
+                    dy_ptrs[i], h_ptrs[i], db_ptrs[i], M, Ns[i], Rs[i], band_rows,
+                    strides_dm[i], strides_dn[i], strides_hm[i], strides_hr[i], scales[i],
+                    pid, pid_r, band, H_PIECES[i], INTERPRET, BLOCK_N, BLOCK_K, BLOCK_R[i],
+                )  # fmt: skip
+            pid -= tl.cdiv(Ns[i], BLOCK_N)
+        dh_ptr += Rs[i]
 
 
 def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
@@ -92,6 +171,65 @@ def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
     rows = triton.cdiv(M, max(1, min(wanted, M // (40 * R))))
     rows = triton.cdiv(rows, block) * block
     return triton.cdiv(M, rows), rows
+
+
+def group_dy_pass(
+    dys: Sequence[Tensor],
+    hs: Sequence[Tensor | None],
+    bs: Sequence[Tensor],
+    scales: Sequence[float],
+    *,
+    want_dh: Sequence[bool],
+    want_db: Sequence[bool],
+    config: Tile | None = None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dh_i = scale_i·dy_i·b_i   and   db_i = scale_i·dy_iᵀ·h_i of each member in one launch.
+
+    dys: [M, N] each, bf16/fp16/fp32 of one dtype, any strides (0 too).   hs: [M, R] fp32 each, any strides, needed
+    for db_i.   bs: [N, R] each, any float dtype.
+    Returns dh: [M, ΣR] fp32, a member's columns after those before it and unwritten where they are not wanted, or None
+    where none are; db_i: [N, R] each in b_i's dtype, or None.
+    """
+    M, Ns = dys[0].shape[0], tuple(dy.shape[1] for dy in dys)
+    Rs = tuple(b.shape[1] for b in bs)
+    width, dbs = sum(Rs), [b.new_empty(b.shape) if wanted else None for b, wanted in zip(bs, want_db, strict=True)]
+    dh_out = dys[0].new_empty((M, width), dtype=torch.float32) if any(want_dh) else None
+    if M * max(Ns) == 0:
+        return dh_out.zero_() if dh_out is not None else None, [db.zero_() if db is not None else None for db in dbs]
+    if not any((*want_dh, *want_db)):
+        return None, dbs
+    members, ranks = len(dys), tuple(map(block_r, Rs))
+    t = config or tile("dy" if members == 1 else "group_dy", arch(dys[0]), dys[0].dtype, M, max(Ns), max(Rs))
+    grid_r = max(map(triton.cdiv, Rs, ranks))
+    n_bands, band_rows = bands(M, max(Ns), max(Rs), t.BLOCK_M)
+    row_blocks = band_rows // t.BLOCK_M
+    least = max(512 * members, 40 * width)  # of all members' columns
+    n_parts, _ = chunks(sum(Ns), n_bands * row_blocks * grid_r * members, t.BLOCK_K, least)
+    dh = dys[0].new_empty((n_parts, M, width), dtype=torch.float32) if dh_out is not None and n_parts > 1 else dh_out
+    outs = [db for db in dbs if db is not None]
+    parts = [db.new_empty((n_bands, *db.shape), dtype=torch.float32) for db in outs] if n_bands > 1 else outs
+    db_of = iter(parts)
+    dh_programs = row_blocks * n_parts
+    programs = sum(
+        dh_programs * w + triton.cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True)
+    )
+    h_of = [h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]
+    with on_device(dys[0]):
+        _dy_kernel[(n_bands * programs, grid_r)](
+            tuple(dys), tuple(h_of), tuple(bs), dh if dh is not None else dys[0],
+            tuple(next(db_of) if wanted else dy for dy, wanted in zip(dys, want_db, strict=True)),
+            M, Ns, Rs, width, tuple(triton.cdiv(triton.cdiv(N, n_parts), t.BLOCK_K) * t.BLOCK_K for N in Ns),
+            n_parts, band_rows, dh_programs, *strides(dys), *strides(h_of), *strides(bs), tuple(scales),
+            WANT_DH=tuple(want_dh), WANT_DB=tuple(want_db),
+            H_PIECES=tuple(pieces(dy.dtype, (torch.float32,), b.dtype) for dy, b in zip(dys, bs, strict=True)),
+            B_PIECES=tuple(pieces(dy.dtype, (b.dtype,), torch.float32) for dy, b in zip(dys, bs, strict=True)),
+            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, **t.options,
+        )  # fmt: skip
+    if dh is not None and dh_out is not None and dh is not dh_out:
+        reduce(dh, dh_out)
+    if outs and n_bands > 1:
+        reduce_each(parts, outs)
+    return dh_out, dbs
 
 
 def dy_pass(
@@ -109,31 +247,5 @@ def dy_pass(
     dy: [M, N] bf16/fp16/fp32, any strides (0 too).   h: [M, R] fp32, needed for db.   b: [N, R], any float dtype.
     Returns dh: [M, R] fp32 or None, db: [N, R] in b's dtype or None.
     """
-    (M, N), R = dy.shape, b.shape[1]
-    dh_out = dy.new_empty((M, R), dtype=torch.float32) if want_dh else None
-    db_out = dy.new_empty((N, R), dtype=b.dtype) if want_db else None
-    if M * N * R == 0:
-        return dh_out.zero_() if dh_out is not None else None, db_out.zero_() if db_out is not None else None
-    t = config or tile("dy", arch(dy), dy.dtype, M, N, R)
-    rank = block_r(R)
-    grid_r = triton.cdiv(R, rank)
-    n_bands, band_rows = bands(M, N, R, t.BLOCK_M)
-    row_blocks = band_rows // t.BLOCK_M
-    n_parts, n_chunk = chunks(N, n_bands * row_blocks * grid_r, t.BLOCK_K, least=max(512, 40 * R))
-    dh = dy.new_empty((n_parts, M, R), dtype=torch.float32) if want_dh and n_parts > 1 else dh_out
-    db = dy.new_empty((n_bands, N, R), dtype=torch.float32) if want_db and n_bands > 1 else db_out
-    dh_programs = row_blocks * n_parts if want_dh else 0
-    db_programs = triton.cdiv(N, t.BLOCK_N) if want_db else 0
-    with on_device(dy):
-        _dy_kernel[(n_bands * (dh_programs + db_programs), grid_r)](
-            dy, h if h is not None else dy, b, dh if dh is not None else dy, db if db is not None else dy,
-            M, N, R, n_chunk, n_parts, band_rows, dh_programs, db_programs,
-            *dy.stride(), *(h.stride() if h is not None else (0, 0)), *b.stride(), scale,
-            H_PIECES=pieces(dy.dtype, (torch.float32,), b.dtype), B_PIECES=pieces(dy.dtype, (b.dtype,), torch.float32),
-            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank, **t.options,
-        )  # fmt: skip
-    if dh is not None and dh_out is not None and dh is not dh_out:
-        reduce(dh, dh_out)
-    if db is not None and db_out is not None and db is not db_out:
-        reduce(db, db_out)
-    return dh_out, db_out
+    dh, (db,) = group_dy_pass([dy], [h], [b], [scale], want_dh=[want_dh], want_db=[want_db], config=config)
+    return dh, db

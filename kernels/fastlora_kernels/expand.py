@@ -1,10 +1,13 @@
 """y = x·wᵀ + bias + scale·h·bᵀ in one GEMM, and its transpose dx: the low-rank term is the prologue.
 
-The low-rank product runs first, into the accumulator that the main loop carries on, so no M×N intermediate exists.
+The low-rank product runs first, into the accumulator that the main loop carries on, so no M×N intermediate exists. The
+dx of a group is the same with several of each: all members' terms, then all members' main loops, into one accumulator.
 The kernel here loads through pointers, and so takes any strides; `persistent` is the same GEMM on tensor descriptors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -15,8 +18,9 @@ from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.gemm import main_loop
+from fastlora_kernels.members import masked, strides
 from fastlora_kernels.persistent import persistent, takes_tma
-from fastlora_kernels.prologue import low_rank_tile, rank_step, tile_at
+from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile, tile
 
 GEMM, ADD, NONE = 0, 1, 2
@@ -25,36 +29,36 @@ GEMM, ADD, NONE = 0, 1, 2
 
 @triton.jit(do_not_specialize=["M"])
 def _expand_kernel(
-    x_ptr,
-    w_ptr,
+    x_ptrs,
+    w_ptrs,
     bias_ptr,
-    h_ptr,
-    b_ptr,
+    h_ptrs,
+    b_ptrs,
     lora_bias_ptr,
-    seed_ptr,
+    seeds_ptr,
     y_ptr,
     M,
     N,
-    K,
-    R,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
+    Ks,
+    Rs,
+    strides_xm,
+    strides_xk,
+    strides_wn,
+    strides_wk,
     stride_bias,
-    stride_hm,
-    stride_hr,
-    stride_bn,
-    stride_br,
+    strides_hm,
+    strides_hr,
+    strides_bn,
+    strides_br,
     stride_lora_bias,
     stride_ym,
     stride_yn,
-    scale,
-    threshold,
+    scales,
+    thresholds,
     BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    SEEDS: tl.constexpr,
     PIECES: tl.constexpr,
     MAIN_PIECES: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -75,21 +79,22 @@ def _expand_kernel(
     mask = mask_m[:, None] & mask_n[None, :]
     if BASE == 1:  # asked for first, so that its latency hides behind the prologue
         base = tl.load(
-            x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm + offs_n.to(tl.int64)[None, :] * stride_xk,
+            x_ptrs[0] + offs_m.to(tl.int64)[:, None] * strides_xm[0] + offs_n.to(tl.int64)[None, :] * strides_xk[0],
             mask=mask,
             other=0.0,
         )
 
     acc = low_rank_tile(
-        h_ptr, b_ptr, lora_bias_ptr, seed_ptr, M, N, R, stride_hm, stride_hr, stride_bn, stride_br,
-        stride_lora_bias, pid_m, pid_n, scale, threshold,
-        HAS_LORA_BIAS, DROPOUT, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
+        stride_lora_bias, pid_m, pid_n, scales, thresholds,
+        HAS_LORA_BIAS, SEEDS, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if BASE == 0:
-        acc = main_loop(
-            x_ptr, w_ptr, acc, M, K, stride_xm, stride_xk, stride_wn, stride_wk, offs_m, offs_n, mask_n,
-            MAIN_PIECES, EVEN_N, EVEN_K, INTERPRET, BLOCK_K,
-        )  # fmt: skip
+        for i in tl.static_range(len(x_ptrs)):
+            acc = main_loop(
+                x_ptrs[i], w_ptrs[i], acc, M, Ks[i], strides_xm[i], strides_xk[i], strides_wn[i], strides_wk[i],
+                offs_m, offs_n, mask_n, MAIN_PIECES, EVEN_N, EVEN_K[i], INTERPRET, BLOCK_K,
+            )  # fmt: skip
 
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
     if BASE == 1:
@@ -103,48 +108,41 @@ def _expand_kernel(
 def _launch(
     kernel: str,
     base: int,
-    x: Tensor,
-    w: Tensor | None,
+    xs: Sequence[Tensor],
+    ws: Sequence[Tensor],
     bias: Tensor | None,
-    h: Tensor,
-    b: Tensor,
-    lora_bias: Tensor | None,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
+    terms: Terms,
     y: Tensor,
     config: Tile | None,
 ) -> Tensor:
-    """Run either form over y: [M, N], with x either the GEMM's [M, K] or the [M, N] tensor to add to.
+    """Run either form over y: [M, N], with xs either the GEMMs' [M, K] or the one [M, N] tensor to add to.
 
     A tile with tma whose operands no descriptor can address gives way to the table's first tile without; a forced
     one keeps its blocks.
     """
-    (M, N), R = y.shape, h.shape[1]
-    K = w.shape[1] if w is not None else 0
+    M, N = y.shape
     if y.numel() == 0:
         return y
-    dropped = p > 0 and seed is not None
-    main = x.dtype if base != NONE else y.dtype
-    t = config or tile(kernel, arch(y), main, M, N, R)
-    if t.tma and base == GEMM and w is not None:
-        if takes_tma(x, w, y):
-            return persistent(x, w, bias, h, b, lora_bias, scale, threshold(p), seed if dropped else None, y, t)
-        t = config or tile(kernel, arch(y), main, M, N, R, tma=False)
-    even_n, even_k = N % t.BLOCK_N == 0, K % t.BLOCK_K == 0
+    main = xs[0].dtype if base != NONE else y.dtype
+    t = config or tile(kernel, arch(y), main, M, N, terms.rank, masks=terms.masks)
+    if t.tma and base == GEMM:
+        if takes_tma(xs, ws, y):
+            return persistent(xs, ws, bias, terms, y, t)
+        t = config or tile(kernel, arch(y), main, M, N, terms.rank, False, terms.masks)
+    Ks, lora_bias = tuple(w.shape[1] for w in ws), terms.lora_bias
     with on_device(y):
         _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
-            x, w if w is not None else x, bias if bias is not None else x, h, b,
-            lora_bias if lora_bias is not None else x, seed if dropped else x, y,
-            M, N, K, R, *x.stride(), *(w.stride() if w is not None else (0, 0)),
-            bias.stride(0) if bias is not None else 0, *h.stride(), *b.stride(),
+            tuple(xs), tuple(ws or xs), bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
+            lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y, y,
+            M, N, Ks or (0,), tuple(h.shape[1] for h in terms.hs), *strides(xs), *strides(ws or xs),
+            bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
             lora_bias.stride(0) if lora_bias is not None else 0, *y.stride(),
-            scale, threshold(p),
-            BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, DROPOUT=dropped,
-            PIECES=pieces(main, (torch.float32, b.dtype), y.dtype),
-            MAIN_PIECES=pieces(main, (w.dtype if w is not None else main,), y.dtype),
-            EVEN_N=even_n, EVEN_K=even_k, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(R, t), GROUP_M=8,
+            tuple(terms.scales), terms.thresholds,
+            BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+            PIECES=pieces(main, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
+            MAIN_PIECES=pieces(main, tuple(w.dtype for w in ws), y.dtype),
+            EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
+            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=8,
             **t.options,
         )  # fmt: skip
     return y
@@ -163,12 +161,12 @@ def expand(
 ) -> Tensor:
     """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias in one GEMM, rounded once  (the *fused* strategy).
 
-    x: [M, K], w: [N, K], bf16/fp16/fp32 of one dtype, any strides.   bias, lora_bias: [N].   h: [M, R] fp32.
-    b: [N, R].
+    x: [M, K], w: [N, K], bf16/fp16/fp32 of one dtype, any strides.   bias, lora_bias: [N].   h: [M, R] fp32, any
+    strides.   b: [N, R].
     Returns y: [M, N] in x's dtype.
     """
     y = x.new_empty((x.shape[0], w.shape[0]))
-    return _launch("expand", GEMM, x, w, bias, h, b, lora_bias, scale, 0.0, None, y, config)
+    return _launch("expand", GEMM, [x], [w], bias, Terms([h], [b], [scale], lora_bias), y, config)
 
 
 def add_expand(
@@ -187,7 +185,44 @@ def add_expand(
     Returns out.
     """
     out = y.new_empty(y.shape) if out is None else out
-    return _launch("add", ADD, y, None, None, h, b, lora_bias, scale, 0.0, None, out, config)
+    return _launch("add", ADD, [y], [], None, Terms([h], [b], [scale], lora_bias), out, config)
+
+
+def _dx_terms(
+    dhs: Sequence[Tensor | None], as_: Sequence[Tensor | None], ps: Sequence[float], seeds: Tensor | None
+) -> Terms:
+    """mask_i/(1−p_i) ⊙ (dh_i·a_i) of the members that have both."""
+    both = [(i, dh, a.t()) for i, (dh, a) in enumerate(zip(dhs, as_, strict=True)) if dh is not None and a is not None]
+    drops = masked(ps, seeds)
+    return Terms(
+        [dh for _, dh, _ in both],
+        [b for _, _, b in both],
+        [keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i, _, _ in both],
+        seeds=seeds,
+        drops=tuple(drops[i] for i, _, _ in both),
+        thresholds=tuple(threshold(ps[i]) for i, _, _ in both),
+    )
+
+
+def group_dx(
+    dys: Sequence[Tensor],
+    ws: Sequence[Tensor],
+    dhs: Sequence[Tensor | None],
+    as_: Sequence[Tensor | None],
+    *,
+    ps: Sequence[float],
+    seeds: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """dx = Σ_i dy_i·w_i + Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i) in one accumulator, written and rounded once.
+
+    dys: [M, N] each, ws: [N, K] each, of one dtype, any strides (0 too).   dhs: [M, R] fp32 each, any strides, and
+    as_: [R, K] each; None in either has no term, and one member must have one.   ps, seeds: as in `group_shrink`.
+    Returns dx: [M, K] in the dys' dtype.
+    """
+    grad, terms = dys[0].new_empty((dys[0].shape[0], ws[0].shape[1])), _dx_terms(dhs, as_, ps, seeds)
+    alone = len(dys) == len(terms.hs) == 1
+    return _launch("dx" if alone else "group_dx", GEMM, dys, [w.t() for w in ws], None, terms, grad, config)
 
 
 def dx(
@@ -205,8 +240,30 @@ def dx(
     dy: [M, N], w: [N, K] of one dtype, any strides (0 too).   dh: [M, R] fp32.   a: [R, K].   p, seed: as in `shrink`.
     Returns dx: [M, K] in dy's dtype.
     """
-    grad = dy.new_empty((dy.shape[0], w.shape[1]))
-    return _launch("dx", GEMM, dy, w.t(), None, dh, a.t(), None, keep_scale(p), p, seed, grad, config)
+    return group_dx([dy], [w], [dh], [a], ps=[p], seeds=seed, config=config)
+
+
+def group_add_dx(
+    base: Tensor | None,
+    dhs: Sequence[Tensor | None],
+    as_: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    *,
+    ps: Sequence[float],
+    seeds: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """base + Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i), in place where there is a base  (the *split* strategy's dx).
+
+    base: [M, K] = Σ_i dy_i·w_i, or None for the low-rank terms alone in `dtype`.   The rest as in `group_dx`.
+    Returns dx: [M, K].
+    """
+    terms = _dx_terms(dhs, as_, ps, seeds)
+    grad = base
+    if grad is None:
+        grad = terms.hs[0].new_empty((terms.hs[0].shape[0], terms.bs[0].shape[0]), dtype=dtype)
+    kernel = "add" if len(terms.hs) == 1 else "group_add"
+    return _launch(kernel, NONE if base is None else ADD, [grad], [], None, terms, grad, config)
 
 
 def add_dx(
@@ -223,7 +280,4 @@ def add_dx(
 
     base: [M, K] = dy·w, or None for the low-rank term alone in `dtype`.   Returns dx: [M, K].
     """
-    if base is None:
-        grad = dh.new_empty((dh.shape[0], a.shape[1]), dtype=dtype)
-        return _launch("add", NONE, grad, None, None, dh, a.t(), None, keep_scale(p), p, seed, grad, config)
-    return _launch("add", ADD, base, None, None, dh, a.t(), None, keep_scale(p), p, seed, base, config)
+    return group_add_dx(base, [dh], [a], dtype, ps=[p], seeds=seed, config=config)

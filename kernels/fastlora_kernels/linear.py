@@ -18,10 +18,31 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
 
 
-def chosen(kernel: str, x: Tensor, N: int, R: int, forced: str) -> str:
+def chosen(kernel: str, x: Tensor, N: int, K: int, R: int, forced: str) -> str:
     """ "fused" or "split" for a main GEMM [M, K]·[K, N]: `forced`, or the table's choice when that is "triton"."""
-    M, K = x.shape
-    return strategy(arch(x), x.dtype, M, N, K, R, kernel)[0] if forced == "triton" else forced
+    return strategy(arch(x), x.dtype, x.shape[0], N, K, R, kernel)[0] if forced == "triton" else forced
+
+
+def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """x·wᵀ + bias by the vendor's GEMM.   Returns y: [M, N] in x's dtype, whatever the bias's."""
+    return linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+
+
+def expand_by(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    scale: float,
+    how: str,
+) -> Tensor:
+    """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias, *fused* or *split*.   h: [M, R] fp32, any strides."""
+    if chosen("expand", x, w.shape[0], x.shape[1], h.shape[1], how) == "fused":
+        return expand(x, w, bias, h, b, scale, lora_bias)
+    y = base_linear(x, w, bias)
+    return add_expand(y, h, b, scale, lora_bias, out=y)
 
 
 def lora_linear(
@@ -41,10 +62,7 @@ def lora_linear(
     how: "fused", "split", or "triton" (the table decides).   Returns y: [M, N] in x's dtype, h: [M, R] fp32.
     """
     h = shrink(x, a, p=p, seed=seed)
-    if chosen("expand", x, w.shape[0], a.shape[0], how) == "fused":
-        return expand(x, w, bias, h, b, scale, lora_bias), h
-    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
-    return add_expand(y, h, b, scale, lora_bias, out=y), h
+    return expand_by(x, w, bias, h, b, lora_bias, scale, how), h
 
 
 def lora_update(
@@ -87,7 +105,7 @@ def lora_backward(
     grad = da = None
     if dh is None:
         return grad, da, db
-    fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], a.shape[0], how) == "fused"
+    fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how) == "fused"
     since = mark(dh, fused and want_da and pays(arch(dy)))
     if fused and w is not None:
         grad = dx(dy, w, dh, a, p=p, seed=seed)

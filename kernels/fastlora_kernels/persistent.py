@@ -7,6 +7,8 @@ of y in the order of the plain form, and each tile sums in that form's order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -15,35 +17,40 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora_kernels.device import INTERPRET, on_device, processors
 from fastlora_kernels.dot import cast, dot, pieces
-from fastlora_kernels.prologue import low_rank_tile, rank_step, tile_at
+from fastlora_kernels.members import GROUP, strides
+from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.tables import Tile
 
 
 @triton.jit(do_not_specialize=["M"])
 def _persistent_kernel(
-    x_desc,
-    w_desc,
+    x0_desc,
+    x1_desc,
+    x2_desc,
+    w0_desc,
+    w1_desc,
+    w2_desc,
     bias_ptr,
-    h_ptr,
-    b_ptr,
+    h_ptrs,
+    b_ptrs,
     lora_bias_ptr,
-    seed_ptr,
+    seeds_ptr,
     y_desc,
     M,
     N,
-    K,
-    R,
+    Ks,
+    Rs,
     stride_bias,
-    stride_hm,
-    stride_hr,
-    stride_bn,
-    stride_br,
+    strides_hm,
+    strides_hr,
+    strides_bn,
+    strides_br,
     stride_lora_bias,
-    scale,
-    threshold,
+    scales,
+    thresholds,
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    SEEDS: tl.constexpr,
     PIECES: tl.constexpr,
     W_BY_N: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -54,22 +61,28 @@ def _persistent_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """Descriptors come one by one: Triton's launcher does not unpack them from a tuple."""
+    x_descs = (x0_desc, x1_desc, x2_desc)
+    w_descs = (w0_desc, w1_desc, w2_desc)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = low_rank_tile(
-            h_ptr, b_ptr, lora_bias_ptr, seed_ptr, M, N, R, stride_hm, stride_hr, stride_bn, stride_br,
-            stride_lora_bias, pid_m, pid_n, scale, threshold,
-            HAS_LORA_BIAS, DROPOUT, BLOCK_N > 128, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+            h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
+            stride_lora_bias, pid_m, pid_n, scales, thresholds,
+            HAS_LORA_BIAS, SEEDS, BLOCK_N > 128, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
-        for k in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
-            x = x_desc.load([row, k])
-            if W_BY_N:
-                w = tl.trans(w_desc.load([col, k]))
-            else:
-                w = w_desc.load([k, col])
-            acc = dot(x, w, acc, 0, INTERPRET)
+        for i in tl.static_range(len(Ks)):
+            for k in tl.range(0, Ks[i], BLOCK_K, warp_specialize=SPECIALIZE):
+                x = x_descs[i].load([row, k])
+                if W_BY_N[i]:
+                    w = tl.trans(w_descs[i].load([col, k]))
+                    if INTERPRET:  # numpy sums a transposed operand in another order than the plain form's
+                        w = tl.reshape(tl.reshape(w, [BLOCK_K * BLOCK_N]), [BLOCK_K, BLOCK_N])
+                else:
+                    w = w_descs[i].load([k, col])
+                acc = dot(x, w, acc, 0, INTERPRET)
         if HAS_BIAS:
             offs_n = col + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n * stride_bias, mask=offs_n < N, other=0.0)
@@ -98,46 +111,44 @@ def _by_rows(t: Tensor) -> bool:
     )
 
 
-def takes_tma(x: Tensor, w: Tensor, y: Tensor) -> bool:
-    """Whether descriptors can address x: [M, K], w: [N, K] (by its rows or by its columns) and y: [M, N]."""
-    same = x.dtype == w.dtype == y.dtype
-    return same and _by_rows(x) and _by_rows(y) and (_by_rows(w) or _by_rows(w.t()))
+def takes_tma(xs: Sequence[Tensor], ws: Sequence[Tensor], y: Tensor) -> bool:
+    """Whether descriptors can address each x: [M, K], each w: [N, K] (by its rows or by its columns) and y: [M, N]."""
+    same = all(t.dtype == y.dtype for t in (*xs, *ws))
+    return same and all(map(_by_rows, (y, *xs))) and all(_by_rows(w) or _by_rows(w.t()) for w in ws)
 
 
 def persistent(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    h: Tensor,
-    b: Tensor,
-    lora_bias: Tensor | None,
-    scale: float,
-    threshold: int,
-    seed: Tensor | None,
-    y: Tensor,
-    t: Tile,
+    xs: Sequence[Tensor], ws: Sequence[Tensor], bias: Tensor | None, terms: Terms, y: Tensor, t: Tile
 ) -> Tensor:
-    """y = x·wᵀ + bias + mask ⊙ scale·(h·bᵀ + lora_bias), written into y: [M, N]; for operands that `takes_tma`.
+    """y = Σ_i x_i·w_iᵀ + bias + the low-rank terms, written into y: [M, N]; for operands that `takes_tma`.
 
-    x: [M, K], w: [N, K] or a transposed [K, N], y: of one 16-bit dtype.   h: [M, R] fp32.   b: [N, R].
-    seed: None means no mask.   t: the tile, whose `specialize` gives loads and products warps of their own.
+    xs: [M, K] each, ws: [N, K] or a transposed [K, N] each, y: of one 16-bit dtype.   t: the tile, whose `specialize`
+    gives loads and products warps of their own.
     """
-    (M, N), (K, R) = y.shape, (x.shape[1], h.shape[1])
-    by_n = _by_rows(w)
-    w_rows, w_block = (w, [t.BLOCK_N, t.BLOCK_K]) if by_n else (w.t(), [t.BLOCK_K, t.BLOCK_N])
+    (M, N), lora_bias = y.shape, terms.lora_bias
+    by_n = tuple(map(_by_rows, ws))
+    x_descs = [TensorDescriptor.from_tensor(x, [t.BLOCK_M, t.BLOCK_K]) for x in xs]
+    w_descs = [
+        TensorDescriptor.from_tensor(w, [t.BLOCK_N, t.BLOCK_K])
+        if n
+        else TensorDescriptor.from_tensor(w.t(), [t.BLOCK_K, t.BLOCK_N])
+        for w, n in zip(ws, by_n, strict=True)
+    ]
+    absent = [None] * (GROUP - len(xs))
     tiles = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N)
     with on_device(y):
         _persistent_kernel[(min(tiles, processors(y)),)](
-            TensorDescriptor.from_tensor(x, [t.BLOCK_M, t.BLOCK_K]),
-            TensorDescriptor.from_tensor(w_rows, w_block),
-            bias if bias is not None else x, h, b,
-            lora_bias if lora_bias is not None else x, seed if seed is not None else x,
+            *x_descs, *absent, *w_descs, *absent,
+            bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
+            lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y,
             TensorDescriptor.from_tensor(y, [t.BLOCK_M, min(t.BLOCK_N, 128)]),
-            M, N, K, R, bias.stride(0) if bias is not None else 0, *h.stride(), *b.stride(),
-            lora_bias.stride(0) if lora_bias is not None else 0, scale, threshold,
-            HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, DROPOUT=seed is not None,
-            PIECES=pieces(x.dtype, (torch.float32, b.dtype), y.dtype), W_BY_N=by_n, SPECIALIZE=t.specialize,
-            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(R, t),
+            M, N, tuple(x.shape[1] for x in xs), tuple(h.shape[1] for h in terms.hs),
+            bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+            lora_bias.stride(0) if lora_bias is not None else 0, tuple(terms.scales), terms.thresholds,
+            HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+            PIECES=pieces(y.dtype, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
+            W_BY_N=by_n, SPECIALIZE=t.specialize, INTERPRET=INTERPRET,
+            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t),
             GROUP_M=8, **t.options,
         )  # fmt: skip
     return y

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fastlora_kernels.device import INTERPRET, on_device
 from fastlora_kernels.dot import cast
@@ -12,31 +14,43 @@ from fastlora_kernels.dot import cast
 
 @triton.jit(do_not_specialize=["PARTS"])
 def _reduce_kernel(
-    part_ptr,
-    out_ptr,
+    part_ptrs,
+    out_ptrs,
     PARTS,
-    SIZE,
+    SIZES,
     INTERPRET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The results side by side on the second axis of the grid, each summed as if it were alone."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < SIZE
-    acc = tl.zeros([BLOCK], tl.float32)
-    for _ in range(0, PARTS):
-        acc += tl.load(part_ptr + offs, mask=mask, other=0.0)
-        part_ptr += SIZE
-    tl.store(out_ptr + offs, cast(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    for i in tl.static_range(len(part_ptrs)):
+        if tl.program_id(1) == i:
+            mask = offs < SIZES[i]
+            part_ptr = part_ptrs[i] + offs
+            acc = tl.zeros([BLOCK], tl.float32)
+            for _ in range(0, PARTS):
+                acc += tl.load(part_ptr, mask=mask, other=0.0)
+                part_ptr += SIZES[i]
+            tl.store(out_ptrs[i] + offs, cast(acc, out_ptrs[i].dtype.element_ty, INTERPRET), mask=mask)
 
 
-def reduce(parts: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def reduce_each(parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """out = Σ_i part[i] for each pair in one launch, summed in the order of i in fp32 and rounded once.
+
+    parts: [P, …] fp32 each, contiguous, of one P.   outs: [...] any float dtype, contiguous, written.
+    """
+    sizes, block = tuple(out.numel() for out in outs), 1024
+    with on_device(outs[0]):
+        _reduce_kernel[(triton.cdiv(max(sizes), block), len(outs))](
+            tuple(parts), tuple(outs), parts[0].shape[0], sizes,
+            INTERPRET=INTERPRET, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def reduce(parts: Tensor, out: Tensor) -> Tensor:
     """out = Σ_i parts[i], summed in the order of i in fp32 and rounded once.
 
     parts: [P, …] fp32, contiguous.   out: [...] any float dtype, contiguous, written and returned.
     """
-    size = out.numel()
-    block = 1024
-    with on_device(out):
-        _reduce_kernel[(triton.cdiv(size, block),)](
-            parts, out, parts.shape[0], size, INTERPRET=INTERPRET, BLOCK=block, num_warps=4, enable_fp_fusion=True
-        )
+    reduce_each([parts], [out])
     return out

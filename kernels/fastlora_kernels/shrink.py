@@ -1,6 +1,12 @@
-"""h = drop(x)·aᵀ: one read of x, split over the features when there are few rows."""
+"""h = drop(x)·aᵀ: one read of x, for one layer or for all that share it; split over the features at few rows.
+
+Members without dropout are not stacked into one product either: three accumulators of 16 ranks are what they are, 48
+columns, where a stack would be padded to 64; and stacking is a launch that copies every `a`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -10,28 +16,30 @@ from torch import Tensor
 from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
+from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import shrink_tile
+from fastlora_kernels.tiles import ranks_at, shrink_tile
 
 
 @triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
     x_ptr,
-    a_ptr,
-    seed_ptr,
+    a_ptrs,
+    seeds_ptr,
     h_ptr,
     M,
     K,
-    R,
+    Rs,
+    width,
     k_chunk,
     stride_xm,
     stride_xk,
-    stride_ar,
-    stride_ak,
-    scale,
-    threshold,
-    DROPOUT: tl.constexpr,
+    strides_ar,
+    strides_ak,
+    scales,
+    thresholds,
+    SEEDS: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -39,22 +47,28 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pid_m, pid_r, pid_k = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    acc = shrink_tile(
-        x_ptr, a_ptr, seed_ptr, M, K, R, stride_xm, stride_xk, stride_ak, stride_ar, pid_m, pid_r,
-        pid_k * k_chunk, tl.minimum(K, (pid_k + 1) * k_chunk), threshold,
-        DROPOUT, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
+    accs = shrink_tile(
+        x_ptr, a_ptrs, seeds_ptr, M, K, Rs, stride_xm, stride_xk, strides_ak, strides_ar, pid_m, pid_r,
+        pid_k * k_chunk, tl.minimum(K, (pid_k + 1) * k_chunk), thresholds,
+        SEEDS, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    h_rows = h_ptr + (pid_k.to(tl.int64) * M + offs_m)[:, None] * R
-    mask = (offs_m < M)[:, None] & (offs_r < R)[None, :]
-    acc *= tl.cast(scale, tl.float32)
-    tl.store(h_rows + offs_r[None, :], cast(acc, h_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    h_rows = h_ptr + (pid_k.to(tl.int64) * M + offs_m)[:, None] * width
+    for i in tl.static_range(len(a_ptrs)):
+        offs_r = ranks_at(pid_r, BLOCK_R[i])
+        mask = (offs_m < M)[:, None] & (offs_r < Rs[i])[None, :]
+        acc = accs[i] * tl.cast(scales[i], tl.float32)
+        tl.store(h_rows + offs_r[None, :], cast(acc, h_ptr.dtype.element_ty, INTERPRET), mask=mask)
+        h_rows += Rs[i]
 
 
-def block_r(R: int) -> int:
-    """The padded rank one program holds: a power of two in 16…128; larger ranks take several blocks."""
-    return min(max(triton.next_power_of_2(R), 16), 128)
+def block_r(R: int, members: int = 1) -> int:
+    """The padded rank one program holds: a power of two in 16…128; larger ranks take several blocks.
+
+    members: how many accumulators share a tile of x; from two on each holds up to 64 ranks. With 128 the three take so
+    many registers that a tile has 32 rows, and `a`, read once a tile, then comes out of L2 more often than x would.
+    """
+    return min(max(triton.next_power_of_2(R), 16), 128 if members == 1 else 64)
 
 
 def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
@@ -68,6 +82,44 @@ def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
     return triton.cdiv(long, size), size
 
 
+def group_shrink(
+    x: Tensor,
+    as_: Sequence[Tensor | None],
+    *,
+    ps: Sequence[float],
+    seeds: Tensor | None = None,
+    config: Tile | None = None,
+) -> Tensor:
+    """h = [drop₀(x)·a₀ᵀ | drop₁(x)·a₁ᵀ | …] from one read of x, each member under a mask of its own.
+
+    x: [M, K] bf16/fp16/fp32, any strides.   as_: [R, K] each, any float dtype, R in 1..512; None has no columns.
+    ps: dropout probability in [0, 1) of each member.   seeds: [members] int64, what the Philox masks are keyed by.
+    config: a forced tile.   Returns h: [M, ΣR] fp32.
+    """
+    (M, K), at = x.shape, [i for i, a in enumerate(as_) if a is not None]
+    factors = [a for a in as_ if a is not None]
+    Rs = tuple(a.shape[0] for a in factors)
+    width = sum(Rs)
+    if M * K * width == 0:
+        return x.new_empty((M, width), dtype=torch.float32).zero_()
+    drops = masked(ps, seeds)
+    used = tuple(drops[i] for i in at)
+    t = config or tile("shrink" if len(factors) == 1 else "group_shrink", arch(x), x.dtype, M, K, max(Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
+    grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), max(map(triton.cdiv, Rs, ranks))
+    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
+    h = x.new_empty((parts, M, width), dtype=torch.float32)
+    with on_device(x):
+        _shrink_kernel[(grid_m, grid_r, parts)](
+            x, tuple(factors), seeds if seeds is not None else x, h, M, K, Rs, width, k_chunk, *x.stride(),
+            *strides(factors),
+            tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at),
+            SEEDS=used, PIECES=tuple(pieces(x.dtype, (a.dtype,), torch.float32) for a in factors), INTERPRET=INTERPRET,
+            BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+        )  # fmt: skip
+    return h[0] if parts == 1 else reduce(h, h.new_empty((M, width)))
+
+
 def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None, config: Tile | None = None) -> Tensor:
     """Low-rank activation, h = drop(x) · aᵀ  (shrink).
 
@@ -75,20 +127,4 @@ def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None, 
     p, seed: dropout probability in [0, 1) and the [] int64 tensor its Philox mask is keyed by.
     config: a forced tile.   Returns h: [M, R] fp32.   (Hu et al. 2021, §4.1)
     """
-    (M, K), R = x.shape, a.shape[0]
-    if M * K * R == 0:
-        return x.new_empty((M, R), dtype=torch.float32).zero_()
-    dropped = p > 0 and seed is not None
-    t = config or tile("shrink", arch(x), x.dtype, M, K, R)
-    rank = block_r(R)
-    grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), triton.cdiv(R, rank)
-    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
-    h = x.new_empty((parts, M, R), dtype=torch.float32)
-    with on_device(x):
-        _shrink_kernel[(grid_m, grid_r, parts)](
-            x, a, seed if dropped else x, h, M, K, R, k_chunk, *x.stride(), *a.stride(),
-            keep_scale(p) if dropped else 1.0, threshold(p),
-            DROPOUT=dropped, PIECES=pieces(x.dtype, (a.dtype,), torch.float32), INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
-    return h[0] if parts == 1 else reduce(h, h.new_empty((M, R)))
+    return group_shrink(x, [a], ps=[p], seeds=seed, config=config)

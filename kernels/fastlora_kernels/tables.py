@@ -63,13 +63,16 @@ def admits(row: dict[str, Any], dtype: torch.dtype, **sizes: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def tile(kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0, tma: bool = True) -> Tile:
+def tile(
+    kernel: str, arch: str, dtype: torch.dtype, M: int, N: int, R: int = 0, tma: bool = True, masks: int = 0
+) -> Tile:
     """The tile of `kernel` ("shrink", "expand", "add", "dy", "x", "dx") for an [M, N] operand or output, at rank R.
 
-    tma: False passes over the tiles that need tensor descriptors.
+    tma: False passes over the tiles that need tensor descriptors.   masks: how many members of a group drop, for its
+    dx ("group_dx"): from the second on, each needs an accumulator beside the tile's own.
     """
     for row in table(arch)["tiles"][kernel]:
-        if admits(row, dtype, M=M, N=N, R=R) and (tma or not row["tile"].get("tma", False)):
+        if admits(row, dtype, M=M, N=N, R=R, masks=masks) and (tma or not row["tile"].get("tma", False)):
             return Tile(**row["tile"])
     raise LookupError(f"table {arch}: no row of {kernel!r} admits {dtype}, M {M}, N {N}, R {R}; the last has bounds")
 

@@ -1,7 +1,8 @@
 """The two thin products every pass is made of, each one tile's loop over the long axis.
 
 shrink_tile contracts the features (h = drop(x)·aᵀ, dh = dy·b); outer_tile contracts the rows (da = dhᵀ·drop(x),
-db = dyᵀ·h). Both read their big operand `x` once, as it lies, and accumulate in fp32.
+db = dyᵀ·h). Both read their big operand `x` once, as it lies, and accumulate in fp32. Several factors `f` share that
+reading, each under a mask of its own: what is a tuple here has an element a factor.
 """
 
 from __future__ import annotations
@@ -14,96 +15,132 @@ from fastlora_kernels.dropout import keep
 
 
 @triton.jit
+def _seed(seeds_ptr, AT: tl.constexpr):
+    """The seed of a factor's mask, seeds[AT]; 0, never used, where AT is −1: no mask."""
+    if AT >= 0:
+        return tl.load(seeds_ptr + AT)
+    else:
+        return tl.zeros([], tl.int64)
+
+
+@triton.jit
+def _drop(x, seed, offs_m, col_start, threshold, AT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """x under a factor's mask; dropped values are selected away."""
+    if AT >= 0:
+        x = tl.where(keep(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_K), x, 0.0)
+    return x
+
+
+@triton.jit
+def ranks_at(pid_r, BLOCK_R: tl.constexpr):
+    """The ranks of a block."""
+    return pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
+
+
+@triton.jit
+def _none(ROWS: tl.constexpr, BLOCK_R: tl.constexpr):
+    return tl.zeros([ROWS, BLOCK_R], tl.float32)
+
+
+@triton.jit
 def shrink_tile(
     x_ptr,
-    f_ptr,
-    seed_ptr,
+    f_ptrs,
+    seeds_ptr,
     M,
     K,
-    R,
+    Rs,
     stride_xm,
     stride_xk,
-    stride_fk,
-    stride_fr,
+    strides_fk,
+    strides_fr,
     pid_m,
     pid_r,
     k_start,
     k_end,
-    threshold,
-    DROPOUT: tl.constexpr,
-    PIECES: tl.constexpr,
+    thresholds,
+    SEEDS,
+    PIECES,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_R] of drop(x)·f over the features k_start…k_end, both multiples of BLOCK_K unless k_end is K.
+    """[BLOCK_M, BLOCK_R] of drop(x)·f, one a factor, over the features k_start…k_end.
 
-    The mask compares with K, not k_end: K is known to be a multiple of 16 where it is one, so that loads stay wide.
+    Both are multiples of BLOCK_K unless k_end is K. The mask compares with K, not k_end: K is known to be a multiple
+    of 16 where it is one, so that loads stay wide.
     """
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
-    mask_r = offs_r < R
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
-    f_cols = f_ptr + offs_r.to(tl.int64)[None, :] * stride_fr
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    seeds = ()
+    f_cols = ()
+    accs = ()
+    for i in tl.static_range(len(f_ptrs)):
+        seeds = seeds + (_seed(seeds_ptr, SEEDS[i]),)
+        f_cols = f_cols + (f_ptrs[i] + ranks_at(pid_r, BLOCK_R[i]).to(tl.int64)[None, :] * strides_fr[i],)
+        accs = accs + (_none(BLOCK_M, BLOCK_R[i]),)
     for k in tl.range(k_start, k_end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
         x_tile = x_rows + tl.cast(k, tl.int64) * stride_xk + tl.arange(0, BLOCK_K)[None, :] * stride_xk
         x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if DROPOUT:
-            x = tl.where(keep(seed, offs_m, k, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        f = tl.load(
-            f_cols + offs_k.to(tl.int64)[:, None] * stride_fk, mask=mask_k[:, None] & mask_r[None, :], other=0.0
-        )
-        acc = dot(x, f, acc, PIECES, INTERPRET)
-    return acc
+        sums = ()
+        for i in tl.static_range(len(f_ptrs)):
+            mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
+            dropped = _drop(x, seeds[i], offs_m, k, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
+            f_tile = f_cols[i] + offs_k.to(tl.int64)[:, None] * strides_fk[i]
+            f = tl.load(f_tile, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+            sums = sums + (dot(dropped, f, accs[i], PIECES[i], INTERPRET),)
+        accs = sums
+    return accs
 
 
 @triton.jit
 def outer_tile(
     x_ptr,
-    f_ptr,
-    seed_ptr,
+    f_ptrs,
+    seeds_ptr,
     K,
-    R,
+    Rs,
     stride_xm,
     stride_xk,
-    stride_fm,
-    stride_fr,
+    strides_fm,
+    strides_fr,
     pid_k,
     pid_r,
     m_start,
     m_end,
-    threshold,
-    DROPOUT: tl.constexpr,
-    PIECES: tl.constexpr,
+    thresholds,
+    SEEDS,
+    PIECES,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_R,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_K, BLOCK_R] of drop(x)ᵀ·f over the rows m_start…m_end."""
+    """[BLOCK_K, BLOCK_R] of drop(x)ᵀ·f, one a factor, over the rows m_start…m_end."""
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_k = offs_k < K
-    mask_r = offs_r < R
     x_cols = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
-    f_cols = f_ptr + offs_r[None, :] * stride_fr
-    if DROPOUT:
-        seed = tl.load(seed_ptr)
-    acc = tl.zeros([BLOCK_K, BLOCK_R], tl.float32)
+    seeds = ()
+    f_cols = ()
+    accs = ()
+    for i in tl.static_range(len(f_ptrs)):
+        seeds = seeds + (_seed(seeds_ptr, SEEDS[i]),)
+        f_cols = f_cols + (f_ptrs[i] + ranks_at(pid_r, BLOCK_R[i])[None, :] * strides_fr[i],)
+        accs = accs + (_none(BLOCK_K, BLOCK_R[i]),)
     for m in tl.range(m_start, m_end, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         mask_m = offs_m < m_end
         rows = offs_m.to(tl.int64)[:, None]
         x = tl.load(x_cols + rows * stride_xm, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
-        if DROPOUT:
-            x = tl.where(keep(seed, offs_m, pid_k * BLOCK_K, threshold, BLOCK_M, BLOCK_K), x, 0.0)
-        f = tl.load(f_cols + rows * stride_fm, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        acc = dot(tl.trans(x), f, acc, PIECES, INTERPRET)
-    return acc
+        sums = ()
+        for i in tl.static_range(len(f_ptrs)):
+            mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
+            dropped = _drop(x, seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
+            f = tl.load(f_cols[i] + rows * strides_fm[i], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            sums = sums + (dot(tl.trans(dropped), f, accs[i], PIECES[i], INTERPRET),)
+        accs = sums
+    return accs

@@ -1,11 +1,13 @@
 """The traffic model: FLOPs and ideal bytes of each pass, as functions of shape and dtype; nothing is launched.
 
 Ideal: every operand of a launch is read once from DRAM and every result written once. Partials, masks and the 8 bytes
-of a seed are left out. A layer's work is the sum of its launches'; `fused` and `split` as in `linear`.
+of a seed are left out. A layer's work is the sum of its launches'; `fused` and `split` as in `linear`. A group's is
+less than its layers': x is read once for every h and once for every da, and dx is written once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 FP32 = 4
@@ -152,6 +154,79 @@ class JobsLayer:
         M = sum(self.rows) + self.base_rows
         base = Layer(M, self.K, self.N, 1, self.main)
         return base.frozen(which) + _of(which, self.shrink() + self.expand(), self.dy() + self.x() + self.dx())
+
+
+@dataclass(frozen=True)
+class Group:
+    """The work of the launches of layers that share one input, each with its own N, R and wants.
+
+    members: layers of one M, K and main; one of rank 0 has no adapter.   fused: dx as one accumulator over all members,
+    or the vendor's GEMMs, each adding to the one before, and one update in place.
+    """
+
+    members: tuple[Layer, ...]
+    fused: bool = True
+
+    def shrink(self) -> Work:
+        """[h₀ | h₁ | …]: x read once."""
+        return self._once(Layer.shrink, self.adapted)
+
+    def expand(self) -> Work:
+        """Every y, back to back."""
+        return _sum(m.expand() if m.R else m.frozen("forward") for m in self.members)
+
+    def dy(self) -> Work:
+        """Every dh and db; a dy is its member's alone."""
+        return _sum(m.dy() for m in self.adapted)
+
+    def x(self) -> Work:
+        """Every da: x read once."""
+        return self._once(Layer.x, tuple(m for m in self.adapted if m.want_da))
+
+    def dx(self) -> Work:
+        """dx = Σ dy·w + mask/(1−p) ⊙ (dh·a), written once."""
+        total, first = _sum(m.dx() for m in self.members), self.members[0]
+        again = len([m for m in self.members if m.want_dx]) - 1
+        return total + Work(0, -max(again, 0) * first.M * first.K * first.main)
+
+    def add_dx(self) -> Work:
+        """dx += Σ mask/(1−p) ⊙ (dh·a) in place."""
+        wanting = tuple(m for m in self.adapted if m.want_dx)
+        M, K, main = self.members[0].M, self.members[0].K, self.members[0].main
+        return _sum(m.add(K) for m in wanting) + Work(0, -2 * max(len(wanting) - 1, 0) * M * K * main)
+
+    def frozen(self, which: str) -> Work:
+        """The frozen layers: y = x·wᵀ each; dx = dy·w each, every one after the first read and written again."""
+        return _sum(m.frozen(which) for m in self.members) + self._sums(which)
+
+    def lora(self, which: str) -> Work:
+        """The whole group.   which: "forward", "backward" or "both"."""
+        passes = self.dy() + self.x()
+        if self.fused:
+            return _of(which, self.shrink() + self.expand(), passes + self.dx())
+        forward = self.shrink() + _sum(
+            m.frozen("forward") + m.add(m.N) if m.R else m.frozen("forward") for m in self.members
+        )
+        gemms = _sum(m.frozen("backward") for m in self.members) + self._sums("backward")
+        return _of(which, forward, passes + gemms + self.add_dx())
+
+    @property
+    def adapted(self) -> tuple[Layer, ...]:
+        return tuple(m for m in self.members if m.R)
+
+    def _once(self, one: Callable[[Layer], Work], members: tuple[Layer, ...]) -> Work:
+        """The members' work with their x read once."""
+        first = self.members[0]
+        return _sum(map(one, members)) + Work(0, -max(len(members) - 1, 0) * first.M * first.K * first.main)
+
+    def _sums(self, which: str) -> Work:
+        """What adding one GEMM's dx to another's reads: a GEMM that adds reads what it writes."""
+        first, dxs = self.members[0], len([m for m in self.members if m.want_dx])
+        return _of(which, Work(), Work(0, max(dxs - 1, 0) * first.M * first.K * first.main))
+
+
+def _sum(works: Iterable[Work]) -> Work:
+    return sum(works, Work())
 
 
 def _of(which: str, forward: Work, backward: Work) -> Work:

@@ -1,6 +1,8 @@
-"""da = dhᵀ·drop(x): one read of x, its dropout mask regenerated."""
+"""da = dhᵀ·drop(x): one read of x for one layer or for all that share it, their dropout masks regenerated."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,29 +13,30 @@ from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.dy_pass import bands
-from fastlora_kernels.reduce import reduce
+from fastlora_kernels.members import masked, strides
+from fastlora_kernels.reduce import reduce_each
 from fastlora_kernels.shrink import block_r
 from fastlora_kernels.tables import Tile, tile
-from fastlora_kernels.tiles import outer_tile
+from fastlora_kernels.tiles import outer_tile, ranks_at
 
 
 @triton.jit(do_not_specialize=["M"])
 def _x_kernel(
     x_ptr,
-    dh_ptr,
-    seed_ptr,
-    da_ptr,
+    dh_ptrs,
+    seeds_ptr,
+    da_ptrs,
     M,
     K,
-    R,
+    Rs,
     band_rows,
     stride_xm,
     stride_xk,
-    stride_hm,
-    stride_hr,
-    scale,
-    threshold,
-    DROPOUT: tl.constexpr,
+    strides_hm,
+    strides_hr,
+    scales,
+    thresholds,
+    SEEDS: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -41,17 +44,59 @@ def _x_kernel(
     BLOCK_K: tl.constexpr,
 ):
     pid_k, pid_r, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    da = outer_tile(
-        x_ptr, dh_ptr, seed_ptr, K, R, stride_xm, stride_xk, stride_hm, stride_hr, pid_k, pid_r,
-        band * band_rows, tl.minimum(M, (band + 1) * band_rows), threshold,
-        DROPOUT, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
+    das = outer_tile(
+        x_ptr, dh_ptrs, seeds_ptr, K, Rs, stride_xm, stride_xk, strides_hm, strides_hr, pid_k, pid_r,
+        band * band_rows, tl.minimum(M, (band + 1) * band_rows), thresholds,
+        SEEDS, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    offs_r = pid_r * BLOCK_R + tl.arange(0, BLOCK_R)
-    da_cols = da_ptr + (band.to(tl.int64) * R + offs_r)[None, :] * K
-    mask = (offs_k < K)[:, None] & (offs_r < R)[None, :]
-    da *= tl.cast(scale, tl.float32)
-    tl.store(da_cols + offs_k[:, None], cast(da, da_ptr.dtype.element_ty, INTERPRET), mask=mask)
+    for i in tl.static_range(len(dh_ptrs)):
+        offs_r = ranks_at(pid_r, BLOCK_R[i])
+        da_cols = da_ptrs[i] + (band.to(tl.int64) * Rs[i] + offs_r)[None, :] * K
+        mask = (offs_k < K)[:, None] & (offs_r < Rs[i])[None, :]
+        da = das[i] * tl.cast(scales[i], tl.float32)
+        tl.store(da_cols + offs_k[:, None], cast(da, da_ptrs[i].dtype.element_ty, INTERPRET), mask=mask)
+
+
+def group_x_pass(
+    x: Tensor,
+    dhs: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+    *,
+    ps: Sequence[float],
+    seeds: Tensor | None = None,
+    config: Tile | None = None,
+) -> list[Tensor | None]:
+    """da_i = dh_iᵀ · drop_i(x) of each member from one read of x.
+
+    x: [M, K] bf16/fp16/fp32, any strides.   dhs: [M, R] fp32 each, any strides; None where da_i is not wanted.
+    dtypes: of the results, each a's.   ps, seeds: as in `group_shrink`.   Returns da_i: [R, K] each, or None.
+    """
+    (M, K), at = x.shape, [i for i, dh in enumerate(dhs) if dh is not None]
+    factors = [dh for dh in dhs if dh is not None]
+    Rs = tuple(dh.shape[1] for dh in factors)
+    outs = [x.new_empty((R, K), dtype=dtypes[i]) for i, R in zip(at, Rs, strict=True)]
+    das: list[Tensor | None] = [None] * len(dhs)
+    for i, out in zip(at, outs, strict=True):
+        das[i] = out if M else out.zero_()
+    if not factors or M * K == 0:
+        return das
+    drops = masked(ps, seeds)
+    t = config or tile("x" if len(factors) == 1 else "group_x", arch(x), x.dtype, M, K, max(Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
+    n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
+    parts = [x.new_empty((n_bands, R, K), dtype=torch.float32) for R in Rs] if n_bands > 1 else outs
+    with on_device(x):
+        _x_kernel[(triton.cdiv(K, t.BLOCK_K), max(map(triton.cdiv, Rs, ranks)), n_bands)](
+            x, tuple(factors), seeds if seeds is not None else x, tuple(parts), M, K, Rs, band_rows, *x.stride(),
+            *strides(factors),
+            tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at),
+            SEEDS=tuple(drops[i] for i in at), PIECES=tuple(pieces(x.dtype, (torch.float32,), o.dtype) for o in outs),
+            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+        )  # fmt: skip
+    if n_bands > 1:
+        reduce_each(parts, outs)
+    return das
 
 
 def x_pass(
@@ -68,20 +113,6 @@ def x_pass(
     x: [M, K] bf16/fp16/fp32, any strides.   dh: [M, R] fp32.   dtype: of the result, a's.   p, seed: as in `shrink`.
     Returns da: [R, K].
     """
-    (M, K), R = x.shape, dh.shape[1]
-    dropped = p > 0 and seed is not None
-    out = x.new_empty((R, K), dtype=dtype)
-    if M * K * R == 0:
-        return out.zero_()
-    t = config or tile("x", arch(x), x.dtype, M, K, R)
-    rank = block_r(R)
-    n_bands, band_rows = bands(M, K, R, t.BLOCK_M)
-    da = x.new_empty((n_bands, R, K), dtype=torch.float32) if n_bands > 1 else out
-    with on_device(x):
-        _x_kernel[(triton.cdiv(K, t.BLOCK_K), triton.cdiv(R, rank), n_bands)](
-            x, dh, seed if dropped else x, da, M, K, R, band_rows, *x.stride(), *dh.stride(),
-            keep_scale(p) if dropped else 1.0, threshold(p),
-            DROPOUT=dropped, PIECES=pieces(x.dtype, (torch.float32,), dtype), INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
-    return out if da is out else reduce(da, out)
+    (da,) = group_x_pass(x, [dh], [dtype], ps=[p], seeds=seed, config=config)
+    assert da is not None
+    return da

@@ -1,0 +1,154 @@
+"""Suite `block`: linear layers of a decoder layer that belong together, q, k, v and the gated MLP, in training mode.
+
+The gate compares outputs and every gradient without dropout, for masks differ from side to side; dropout is `linear`'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tolerance import Results, assert_all_close, relative_error
+from torch import Tensor
+
+from benchmarks.clock import Entry, peak, race
+from benchmarks.contest import Bench, Found, Subject, first_line, record
+from benchmarks.groups import IMPLS, Block, Build, Call, peft_style
+from benchmarks.layers import FLOOR
+from benchmarks.shapes import DTYPES, SHAPES, mix
+
+DRAWS = 3
+PARTS = {"qkv": ("q", "k", "v"), "mlp": ("gate", "up", "down")}
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    kind: str
+    M: int
+    R: int
+    dtype: str
+    adapter_dtype: str
+    p: float
+    compiled: bool = False
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(K, N) of each layer."""
+        if self.model == "tiny":
+            K, N = SHAPES["tiny"]
+            return [(K, N), (K, N), (N, K) if self.kind == "mlp" else (K, N)]
+        return [SHAPES[f"{self.model}.{part}"] for part in PARTS[self.kind]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}.{self.kind} M{self.M} r{self.R} {mix(self.dtype, self.adapter_dtype)} p{self.p:g}"
+
+
+def cases(bench: Bench) -> list[Case]:
+    return list({"tiny": _tiny, "cpu": _cpu, "gpu": _gpu}[bench.set_name]())
+
+
+def _tiny() -> Iterator[Case]:
+    yield Case("tiny", "qkv", 5, 8, "fp32", "fp32", 0.0)
+    yield Case("tiny", "mlp", 5, 8, "fp32", "fp32", 0.1)
+
+
+def _cpu() -> Iterator[Case]:
+    for kind, M in (("qkv", 512), ("mlp", 256)):
+        for dtype, adapter in (("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")):
+            for p in (0.0, 0.05):
+                yield Case("qwen3-0.6b", kind, M, 16, dtype, adapter, p)
+
+
+def _gpu() -> Iterator[Case]:
+    for kind in PARTS:
+        for adapter in ("fp32", "bf16"):
+            for p in (0.0, 0.1):
+                yield Case("llama-3-8b", kind, 8192, 16, "bf16", adapter, p, compiled=adapter == "fp32")
+    for kind, R in itertools.product(PARTS, (8, 64)):
+        yield Case("llama-3-8b", kind, 8192, R, "bf16", "fp32", 0.0)
+    for model, kind in itertools.product(("qwen3-8b", "llama-3-70b"), PARTS):
+        yield Case(model, kind, 4096, 16, "bf16", "fp32", 0.0)
+
+
+def measure(case: Case, bench: Bench) -> Found:
+    """Gate, then race every implementation that applies to the case."""
+    main, adapter, found = DTYPES[case.dtype], DTYPES[case.adapter_dtype], Found()
+    block = Block.random(case.kind, case.M, case.sizes, case.R, main, adapter, bench.machine.device)
+    builds, errors = _admitted(block, case, bench, found)
+    spare = 0 if bench.machine.device.type == "cuda" else -(-bench.machine.flush.nbytes // block.nbytes)
+    blocks = [block, *(block.again() for _ in range(spare))]  # cold operands and warm code, as in `linear`
+    turns = itertools.cycle(range(len(blocks)))
+    entries = [e for impl, build in builds.items() for e in _entries(impl, build, blocks, case.p, turns)]
+    times = race(entries, bench.rounds, bench.machine.flush)
+    subject = Subject("block", case.name, case.M, 0, 0, case.R, case.dtype, case.adapter_dtype, case.p)
+    for entry in entries:
+        most = peak(entry, bench.machine.device)
+        key = entry.impl, entry.pass_
+        found.records.append(record(subject, key, times, bench.machine, peak=most, error=errors[entry.impl]))
+    return found
+
+
+def _admitted(block: Block, case: Case, bench: Bench, found: Found) -> tuple[dict[str, Build], dict[str, float]]:
+    draws = [(fresh, *_expected(fresh)) for fresh in (block, *(block.again() for _ in range(DRAWS - 1)))]
+    builds, errors = {}, {}
+    for impl, build in IMPLS.items():
+        if impl not in bench.impls:
+            continue
+        if impl.endswith("-compiled"):
+            if not (case.compiled or bench.compile):
+                continue
+            torch._dynamo.reset()
+        try:
+            if build(block, case.p) is None:
+                continue
+            errors[impl] = 0.0 if impl == FLOOR else _error(build, draws)
+            builds[impl] = build
+        except Exception as error:  # whatever an implementation raises is the finding
+            found.refused.append(f"{case.name} {impl}: {first_line(error)}")
+    return builds, errors
+
+
+def _results(call: Call, block: Block) -> Results:
+    ys = call()
+    grads = torch.autograd.grad(ys, block.leaves, block.dys)
+    return {f"result {i}": t.detach() for i, t in enumerate((*ys, *grads))}
+
+
+def _expected(block: Block) -> tuple[Results, Results]:
+    """(plain torch's results, float64's)."""
+    wide = block.doubled()
+    return _results(peft_style(block, 0.0), block), _results(peft_style(wide, 0.0), wide)
+
+
+def _error(build: Build, draws: list[tuple[Block, Results, Results]]) -> float:
+    """The largest relative error among the results.   Raises AssertionError where the tolerance policy refuses them."""
+    found = []
+    for block, plain, exact in draws:
+        call = build(block, 0.0)
+        assert call is not None, "it applies with dropout, and not without"
+        found.append((_results(call, block), plain, exact))
+    assert_all_close(found)
+    return max(relative_error(actual[name], exact[name]) for actual, _, exact in found for name in exact)
+
+
+def _entries(impl: str, build: Build, blocks: list[Block], p: float, turns: Iterator[int]) -> Iterator[Entry]:
+    calls: list[tuple[Call, Block]] = []
+    for block in blocks:
+        call = build(block, p)
+        assert call is not None, f"{impl} applied to these operands before"
+        calls.append((call, block))
+        _backward(impl, call(), block)  # no block's first call is timed
+
+    def ready() -> tuple[Call, Block]:
+        return calls[next(turns)]
+
+    yield Entry(impl, "forward", run=lambda state: state[0](), prepare=ready)
+    yield Entry(impl, "both", run=lambda state: _backward(impl, state[0](), state[1]), prepare=ready)
+
+
+def _backward(impl: str, ys: tuple[Tensor, ...], block: Block) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(ys, block.leaves[:1] if impl == FLOOR else block.leaves, block.dys)

@@ -1,0 +1,117 @@
+"""One layer on so few elements that a call into torch (1 to 3 µs) costs more than its arithmetic: the fewest calls.
+
+Products with the adapter run in the operands' dtype where all have one, as plain torch's do, else in fp32. h has that
+dtype, and is not yet divided by 1−p: every product of it brings that along in its scale.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastlora.eager.dropout import FEW_ELEMENTS, bits
+from fastlora.eager.thin import wide_dtype
+from fastlora.reference import dropout_scale
+
+FEW_INPUTS = 2**16
+"""M·K up to which calls cost more than arithmetic where nothing is dropped."""
+
+
+def applies(like: Tensor, size: int, p: float) -> bool:
+    """Whether a layer beside `like`, of M·K = size, is one of these; it is a CPU's calls that are counted."""
+    return size <= (FEW_ELEMENTS if p > 0 else FEW_INPUTS) and like.is_cpu
+
+
+def forward(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    seed: int | None,
+    scale: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """y, h as `eager.lora_linear` has them, of x: [..., K]."""
+    y = linear(x, w, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
+    if x.dim() == 2:
+        return y, add_update_(y, x, a, b, lora_bias, seed, scale, p)
+    rows = x.reshape(-1, x.shape[-1])
+    return y, add_update_(y.view(-1, y.shape[-1]), rows, a, b, lora_bias, seed, scale, p)
+
+
+def add_update_(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor | None, seed: int | None, scale: float, p: float
+) -> Tensor:
+    """y += scale·drop(x)·aᵀ·bᵀ + scale·lora_bias in place, rounded once.   Returns h."""
+    given, grow = x, 1.0
+    if not x.dtype is a.dtype is b.dtype:
+        wide = wide_dtype(x)
+        x, a, b = _as(x, wide), _as(a, wide), _as(b, wide)
+    if seed is not None:
+        x, grow = _kept(x, bits(seed, x.shape[0], x.shape[1], p), given), dropout_scale(p)
+    h = linear(x, a)
+    if lora_bias is None:
+        y.add_(linear(h, b), alpha=scale * grow)
+    else:
+        y.add_(torch.addmm(lora_bias.to(b.dtype), h, b.t(), alpha=grow), alpha=scale)
+    return h
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    seed: int | None,
+    scale: float,
+    p: float,
+    want_dx: bool,
+    want_da: bool,
+    want_db: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, da, db as `eager.lora_backward` has them, of dy: [..., N] and x: [..., K]."""
+    if dy.dim() != 2:
+        rows, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
+        dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
+        return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
+    dx = da = db = gone = None
+    given = x
+    d, a_dtype, b_dtype = dy, a.dtype, b.dtype
+    if mixed := not dy.dtype is a_dtype is b_dtype:
+        wide = wide_dtype(dy)
+        d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
+        x = _as(x, wide) if x is not None and want_da else None
+    if seed is not None:
+        scale *= dropout_scale(p)
+        if want_dx or want_da:
+            gone = bits(seed, dy.shape[0], a.shape[1], p)
+    d = d * scale  # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
+    if want_db and h is not None:
+        db = d.t().mm(_as(h, b.dtype))
+    if want_dx or want_da:
+        dh = d.mm(b)
+    if want_da and x is not None:
+        da = dh.t().mm(x if gone is None else _kept(x, gone, given))
+    if want_dx:
+        dx = dh.mm(a)
+        if gone is not None:
+            dx.masked_fill_(gone, 0)
+        dx = dy.mm(w).add_(dx) if w is not None else _as(dx, dy.dtype)
+    if mixed:
+        da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
+    return dx, da, db
+
+
+def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), which even where there is nothing to do takes 1 µs."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def _kept(x: Tensor, gone: Tensor, given: Tensor | None) -> Tensor:
+    """x without what is gone, in place where x is a cast of the one that was given."""
+    return x.masked_fill(gone, 0) if x is given else x.masked_fill_(gone, 0)

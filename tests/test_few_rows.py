@@ -1,0 +1,117 @@
+"""Few rows on a CPU, where a call into torch costs more than its arithmetic: how many calls a training step makes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tolerance import assert_same
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fastlora.functional import draw_seed, lora_linear
+from fastlora.functional.rules import draw_number
+
+MIXES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+}
+
+
+def operands(mix: str, M: int, K: int = 48, N: int = 64, R: int = 4) -> dict[str, Tensor]:
+    main, adapter = MIXES[mix]
+    shapes = {"x": ((M, K), main), "a": ((R, K), adapter), "b": ((N, R), adapter)}
+    leaves = {name: torch.randn(shape).to(dtype).requires_grad_() for name, (shape, dtype) in shapes.items()}
+    return {**leaves, "w": torch.randn(N, K).to(main), "dy": torch.randn(M, N).to(main)}
+
+
+def step(t: dict[str, Tensor], p: float) -> tuple[Tensor, ...]:
+    y = lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0, dropout_p=p)
+    return y, *torch.autograd.grad(y, (t["x"], t["a"], t["b"]), t["dy"])
+
+
+def calls(run: Any) -> Counter[str]:
+    """The operators that Python or autograd called, without those that operators call inside."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    outer: Counter[str] = Counter()
+    end = -1
+    for event in sorted(
+        (e for e in profiler.events() if e.name.startswith("aten::")), key=lambda e: e.time_range.start
+    ):
+        if event.time_range.start >= end:
+            outer[event.name] += 1
+            end = event.time_range.end
+    return outer
+
+
+@pytest.mark.parametrize("M", [1, 4, 16])
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_training_step_makes_few_calls(mix: str, M: int) -> None:
+    """Eight products, dy scaled, two sums in place, two views; x and dy cast where dtypes are mixed.
+
+    Dropout adds a seed, its number, the mask in either pass, and what it is laid on: x in either pass, and dh·a.
+    """
+    t = operands(mix, M)
+    casts = 3 if mix == "bf16+fp32" else 0
+    assert sum(calls(lambda: step(t, 0.0)).values()) <= 8 + 1 + 2 + 2 + casts
+    assert sum(calls(lambda: step(t, 0.1)).values()) <= 8 + 1 + 2 + 2 + casts + 2 + 2 + 3
+    with torch.no_grad():
+        assert sum(calls(lambda: lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0)).values()) <= 5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("size", [(1, 48), (1, 1030), (7, 48), (16, 256)])
+def test_the_op_gives_the_same_bits(mix: str, p: float, size: tuple[int, int]) -> None:
+    """Whoever goes through torch.ops.fastlora (a compiler, a dispatch mode) gets what the short way gives."""
+    t = operands(mix, *size)
+    torch.manual_seed(3)
+    short = step(t, p)
+    torch.manual_seed(3)
+    seed = draw_seed(t["x"]) if p else None
+    y, h = torch.ops.fastlora.lora_linear(t["x"], t["w"], None, t["a"], t["b"], None, seed, 2.0, p, "torch")
+    assert h.dtype == torch.float32
+    for left, right in zip(short, (y, *torch.autograd.grad(y, (t["x"], t["a"], t["b"]), t["dy"])), strict=True):
+        assert_same(left, right)
+
+
+def test_the_seed_is_the_one_that_the_op_draws() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        number = draw_number()
+        after = torch.get_rng_state()
+        torch.manual_seed(seed)
+        assert number == int(draw_seed(torch.zeros(1)))
+        assert_same(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_few_rows_save_h_at_the_most(mix: str, p: float) -> None:
+    """Beyond x and the weights, M·R elements: the seed is a number, and there is neither a mask nor a dropped x."""
+    M, R = 16, 4
+    t, kept = operands(mix, M), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s) or s, lambda s: s):
+        lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0, dropout_p=p)
+    known = {v.data_ptr() for v in t.values()}
+    others = [s for s in kept if s.data_ptr() not in known]
+    assert [s.shape for s in others] == [(M, R)] and sum(s.nbytes for s in others) <= 4 * M * R
+
+
+def test_a_second_derivative_raises_and_autocast_in_backward_changes_nothing() -> None:
+    t = operands("fp32", 4)
+    y = lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        there = torch.autograd.grad(y, (t["x"], t["a"], t["b"]), t["dy"], retain_graph=True)
+    for left, right in zip(
+        there, torch.autograd.grad(y, (t["x"], t["a"], t["b"]), t["dy"], retain_graph=True), strict=True
+    ):
+        assert_same(left, right)
+    (dx,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        dx.sum().backward()

@@ -1,0 +1,371 @@
+"""What a sibling leaves for the others: taken once, by the same tensor in the same state, and gone whatever happens."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from grouping import (
+    Changing,
+    K,
+    Three,
+    alias,
+    assert_right,
+    call_one_alone,
+    group_calls,
+    in_place,
+    nothing_left,
+    pair,
+    shift,
+    tell,
+    through_a_view,
+    wrap,
+)
+from models import batch, counted, lora_layers, peft_model, step
+from test_peft_training import examples, losses_as_results, trainer_losses
+from tolerance import assert_all_close, assert_same
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import dispatch, functional, ops
+
+
+@pytest.fixture(autouse=True)
+def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+
+
+def test_one_group_a_forward() -> None:
+    models = pair()
+    assert assert_right(models) == 1
+    with group_calls() as calls, counted() as others:
+        models[1](torch.randn(5, K))
+    assert calls.call_count == 1 and others == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "change, count", [(shift, 2), (alias, 2), (in_place, 2), (through_a_view, 2), (call_one_alone, 3)]
+)
+def test_what_changes_between_siblings_is_seen(change: Callable[[Any, Tensor], Any], count: int) -> None:
+    """With lora_A frozen, for then PEFT, too, lets x change after it was used."""
+    models = pair()
+    for model in models:
+        for layer in lora_layers(model).values():
+            layer.lora_A.requires_grad_(False)
+    tell(models, change)
+    assert assert_right(models) == count
+
+
+def rescale(model: Any, x: Tensor) -> None:
+    model.other.scaling["default"] *= 2
+
+
+def change_a_weight(model: Any, x: Tensor) -> None:
+    model.that.lora_A.default.weight.add_(0.25)
+
+
+def give_another_weight(model: Any, x: Tensor) -> None:
+    model.that.base_layer.weight.data = model.that.base_layer.weight.data * 2
+
+
+@pytest.mark.parametrize("change", [rescale, change_a_weight, give_another_weight])
+def test_a_sibling_that_has_changed_is_seen(change: Callable[[Any, Tensor], None]) -> None:
+    """In values: PEFT, too, refuses a backward through a weight that changed after its use."""
+    models, x = pair(), torch.randn(5, K)
+    tell(models, change)
+    with torch.no_grad():
+        expected, actual = models[0](x), models[1](x)
+    torch.testing.assert_close(actual, expected)
+    assert nothing_left()
+
+
+@pytest.mark.parametrize("mode, count", [(torch.no_grad, 2), (torch.inference_mode, 0)])
+def test_x_changed_in_place_without_gradients(mode: Any, count: int) -> None:
+    """An inference tensor has no version: there layers run one by one, and say so."""
+    models, x = pair(), torch.randn(5, K)
+    tell(models, in_place)
+    with mode(), group_calls() as calls:
+        torch.testing.assert_close(models[1](x), models[0](x))
+        why = fastlora.explain(models[1].base_model.model.this, x * 1).why
+    assert calls.call_count == count and ("inference tensor" in why) == (count == 0)
+
+
+def test_modes_are_part_of_the_key() -> None:
+    """What no_grad left has no gradient, and what autocast left another dtype."""
+
+    class Mixed(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            with torch.no_grad():
+                first = self.this(x)
+            second = self.that(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=x.dtype != torch.float64):
+                third = self.other(x)
+            assert third.dtype != torch.float32
+            return torch.cat((first, second, third.to(second.dtype)), -1)
+
+    model = wrap(Mixed())
+    ours = copy.deepcopy(model)
+    fastlora.patch(ours)
+    assert assert_right((model, ours)) == 3
+    assert ours.base_model.model.this.lora_A.default.weight.grad is None
+
+
+def test_an_exception_between_siblings() -> None:
+    models = pair()
+
+    def fail(model: Any, x: Tensor) -> None:
+        raise KeyError("on purpose")
+
+    tell(models, fail)
+    with pytest.raises(KeyError):
+        models[1](torch.randn(5, K))
+    assert nothing_left()
+    tell(models, lambda model, x: None)
+    assert assert_right(models) == 1
+
+
+def test_a_sibling_never_called() -> None:
+    """Its gradient is none, as in PEFT, and what was computed for it is dropped."""
+
+    class Two(Three):
+        few = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.this(x).sum(-1) + self.that(x).sum(-1) + (0 if self.few else self.other(x).sum(-1))
+
+    model = wrap(Two())
+    ours = copy.deepcopy(model)
+    assert [len(group) for group in fastlora.patch(ours).groups] == [3]
+    model.base_model.model.few = ours.base_model.model.few = True
+    assert assert_right((model, ours)) == 1
+    assert ours.base_model.model.other.lora_A.default.weight.grad is None
+
+
+def test_an_output_that_nobody_used_and_one_changed_in_place() -> None:
+    class Careless(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x[None] * 1
+            return self.this(x).relu_().sum(-1) + self.other(x).mul_(2).sum(-1) + 0 * len(self.that(x))
+
+    model = wrap(Careless())
+    ours = copy.deepcopy(model)
+    fastlora.patch(ours)
+    assert assert_right((model, ours)) == 1
+
+
+def test_nothing_stays_alive() -> None:
+    models, seen = pair(), []
+    tell(models, lambda model, x: seen.append(weakref.ref(x)))
+    model = models[1]
+    gc.collect()
+    gc.disable()
+    try:
+        y = model(torch.randn(5, K, requires_grad=True))
+        seen.append(weakref.ref(y))
+        y.sum().backward()
+        del y
+        with torch.no_grad():
+            model(torch.randn(5, K))
+        assert [reference() for reference in seen] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_patched_model_is_freed_with_its_last_name() -> None:
+    """Siblings know each other without keeping each other: no waiting for the cycle collector."""
+    model = peft_model()
+    fastlora.patch(model)
+    layer = weakref.ref(lora_layers(model)["base_model.model.model.layers.0.self_attn.q_proj"])
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_calls_itself() -> None:
+    """In the middle of its siblings, with another tensor and with the same."""
+    for again in (lambda x: x + 1, lambda x: x):
+        models, depth = pair(), [0]
+
+        def recurse(model: Any, x: Tensor, again: Any = again, depth: list[int] = depth) -> Tensor | None:
+            if depth[0]:
+                return None
+            depth[0] += 1
+            inner = model(again(x))
+            depth[0] -= 1
+            return x + inner[:, :1]
+
+        tell(models, recurse)
+        assert_right(models)
+
+
+def test_two_threads_through_one_model() -> None:
+    model = peft_model(layers=1)
+    fastlora.patch(model)
+    inputs = [batch() for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(**each).logits for each in inputs]
+    wrong: list[Any] = []
+
+    def work(each: dict[str, Tensor], logits: Tensor) -> None:
+        for _ in range(40):
+            with torch.no_grad():
+                if not torch.equal(model(**each).logits, logits):
+                    wrong.append(each)
+        if not nothing_left():
+            wrong.append("left")
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_gradients_add_up_over_micro_batches() -> None:
+    models = pair()
+
+    def run(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        for part in x.to(next(model.parameters()).dtype).split(2):
+            model(part).square().sum().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert assert_right(models, run) == 3
+
+
+def test_explain_tells_in_each_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = pair()[1].base_model.model, torch.randn(5, K)
+    assert "one group with that, other" in fastlora.explain(layer.this, x).why
+    handle = layer.that.register_forward_pre_hook(lambda module, args: None)
+    assert "apart from that, other: base_model.model.that has hooks" in fastlora.explain(layer.this, x).why
+    handle.remove()
+    layer.other.enable_adapters(False)
+    assert "adapters are disabled" in fastlora.explain(layer.this, x).why
+    layer.other.enable_adapters(True)
+    monkeypatch.setattr(ops, "FEW_INPUTS", 2**16)
+    assert "few rows" in fastlora.explain(layer.this, x).why
+
+
+HOOKS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "forward hook": (lambda layer: layer.register_forward_hook(lambda module, args, y: 2 * y), 1),
+    "pre-hook": (lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), 0),
+    "backward hook": (lambda layer: layer.register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],)), 0),
+    "base_layer": (lambda layer: layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y), 0),
+    "lora_A": (lambda layer: layer.lora_A.default.register_forward_hook(lambda module, args, y: 2 * y), 0),
+    "accelerate": (lambda layer: add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu")), 0),
+}
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_on_a_sibling(hook: str, after: bool) -> None:
+    """They fire as in PEFT, whether they were there when patching or not."""
+    add, count = HOOKS[hook]
+    model = wrap(Changing())
+    ours = copy.deepcopy(model)
+    if after:
+        fastlora.patch(ours)
+    for each in (model, ours):
+        add(each.base_model.model.that)
+    if not after:
+        fastlora.patch(ours)
+    assert assert_right((model, ours)) == count
+
+
+def test_disabled_and_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = peft_model(), batch()
+    ours = copy.deepcopy(model)
+    fastlora.patch(ours, strict=True)
+    with group_calls() as calls:
+        step(ours, inputs)
+        assert calls.call_count == 4
+        lora_layers(ours)["base_model.model.model.layers.0.self_attn.k_proj"].merge()
+        with pytest.raises(RuntimeError, match=r"k_proj: strict mode forbids.*merged"):
+            step(ours, inputs)
+    assert nothing_left()
+    ours = copy.deepcopy(model)
+    monkeypatch.setattr(dispatch.env, "disable", True)
+    fastlora.patch(ours)
+    with group_calls() as calls:
+        for name, value in step(ours, inputs).items():
+            assert_same(value, step(model, inputs)[name])
+    assert calls.call_count == 0
+
+
+def test_masks_of_members_are_independent() -> None:
+    """Through a lora_A of ones and a base of zeros, y counts what was kept: its rate, and none like another's."""
+    p, width = 0.25, 4096
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.this, self.that = nn.Linear(width, 1, bias=False), nn.Linear(width, 1, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((self.this(x), self.that(x)), -1)
+
+    model = wrap(Wide(), r=1, lora_alpha=1, lora_dropout=p).train()
+    fastlora.patch(model)
+    for layer in lora_layers(model).values():
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter) if parameter is layer.base_layer.weight else nn.init.ones_(parameter)
+    with group_calls() as calls:
+        counts = model(torch.ones(500, width)).detach().double() * (1 - p) / width - (1 - p)
+    assert calls.call_count == 1
+    sigma = (p * (1 - p) / width) ** 0.5
+    assert (counts.mean(0).abs() < 5 * sigma / 500**0.5).all(), "wrong rate"
+    assert (counts.std(0) / sigma - 1).abs().max() < 0.2, "not independent within a row"
+    assert abs(float(torch.corrcoef(counts.t())[0, 1])) < 5 / 500**0.5, "the members share masks"
+
+
+def test_with_dropout_losses_over_seeds_are_pefts() -> None:
+    models, seeds = pair(lora_dropout=0.4), 400
+    x, losses = torch.randn(5, K), []
+    for model in models:
+        model.train()
+        each = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                each.append(model(x).square().mean())
+        losses.append(torch.stack(each).double())
+    plain, actual = losses
+    assert not torch.equal(plain, actual)
+    assert abs(float((actual.mean() - plain.mean()) / ((actual.var() + plain.var()) / seeds).sqrt())) < 4
+    assert abs(float((actual.std() / plain.std()).log())) * (seeds - 1) ** 0.5 < 5
+
+
+def test_trainer_takes_pefts_steps(tmp_path: Path) -> None:
+    model, data = peft_model(), examples()
+    ours = copy.deepcopy(model)
+    fastlora.patch(ours, strict=True)
+    exact = trainer_losses(copy.deepcopy(model).double(), data, tmp_path)
+    with group_calls() as calls:
+        actual = trainer_losses(ours, data, tmp_path, gradient_checkpointing=True)
+    assert calls.call_count == 5 * 4 * 2 and len(actual) == 5
+    assert_all_close([tuple(map(losses_as_results, (actual, trainer_losses(model, data, tmp_path), exact)))])
+
+
+def test_a_second_backward_says_what_to_do() -> None:
+    """A group is one node: outputs backwarded one after the other need retain_graph, and nothing is silently wrong."""
+    a, b = (functional.lora_linear_group(
+        torch.randn(4, K), [torch.randn(8, K)] * 2, [None] * 2,
+        [torch.randn(2, K, requires_grad=True)] * 2, [torch.randn(8, 2)] * 2, [1.0, 1.0],
+    ))  # fmt: skip
+    a.sum().backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        b.sum().backward()
