@@ -16,6 +16,7 @@ lint: .venv/.ready
 demo: .venv/.ready
 	$(BIN)/python examples/finetune.py
 	$(BIN)/python examples/multi_tenant.py
+	$(BIN)/python examples/multi_job.py
 
 audit: .venv/.ready
 	$(BIN)/python -m benchmarks.audit --write

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastlora_kernels as kernels
 from fastlora_kernels.reduce import reduce
-from fastlora_kernels.routing import Routes
+from fastlora_kernels.routing import Drops, Routes
 from fastlora_kernels.tables import Tile, table, tile
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -19,7 +19,8 @@ AXES = {
     "shrink": "MK", "expand": "MNKR", "add": "MNR", "dy": "MNK", "x": "MK", "dx": "MNKR",
     "group_shrink": "MK", "group_dy": "MNK", "group_x": "MK", "group_dx": "MNKR", "group_add": "MNR",
     "glu": "MK", "glu_backward": "MK",
-    "multi_shrink": "KR", "multi_expand": "NR", "multi_linear": "MNKR", "reduce": "", "count": "", "route": "",
+    "multi_shrink": "KR", "multi_expand": "NR", "multi_linear": "MNKR", "multi_outer": "MKR",
+    "reduce": "", "count": "", "route": "",
 }  # fmt: skip
 """The kernels, by their names in the tables, and the blocks of a tile that each one reads."""
 
@@ -37,9 +38,10 @@ FLAGS = {
     "group_add": ("3 members dropout",),
     "glu": ("gelu dropout", "silu"),
     "glu_backward": ("gelu z", "gelu_tanh z"),
-    "multi_shrink": ("3 layers",),
-    "multi_expand": ("1 layer", "3 layers"),
+    "multi_shrink": ("3 layers", "dropout"),
+    "multi_expand": ("1 layer", "3 layers", "dropout"),
     "multi_linear": ("bias",),
+    "multi_outer": ("by feature", "dropout"),
 }
 """The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask, and a
 group's with the one mask that its largest tiles take."""
@@ -148,21 +150,29 @@ class Case:
         """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""
         members, adapter, number = int(self.flags[0]) if "layer" in self.flags else 1, DTYPES[self.adapter], torch.int32
         start, rank = of(SLOTS, dtype=number), of(members, SLOTS, dtype=number)
-        routes = Routes.empty(self.rows, SLOTS, "meta")
+        routes, scaling = Routes.empty(self.rows, SLOTS, "meta"), of(members, SLOTS, dtype=torch.float32)
+        trains = "layer" not in self.flags  # with dropout, which only jobs that train have
+        drops = Drops(of(SLOTS, dtype=torch.int64), start) if "dropout" in self.flags else None
         if self.kernel == "multi_shrink":
             kernels.multi_shrink(
-                x, of(members, POOL, self.features, dtype=adapter), start, rank, self.rank, routes, config=self.tile
-            )
+                x, of(members, POOL, self.features, dtype=adapter), start, rank, self.rank, routes,
+                factor=scaling[0] if trains else None, drops=drops, whole=trains, config=self.tile,
+            )  # fmt: skip
         elif self.kernel == "multi_expand":
-            parts, b_pool = h.view(1, 1, *h.shape).expand(4, members, -1, -1), of(POOL, self.features, dtype=adapter)
-            scaling = of(members, SLOTS, dtype=torch.float32)
+            parts, b_pool = h.view(1, 1, *h.shape), of(POOL, self.features, dtype=adapter)
             kernels.multi_expand(
-                [dy] * members, parts, [b_pool] * members, start, rank, scaling, rank, routes, config=self.tile
-            )
+                [dy] * members, parts.expand(1 if trains else 4, members, -1, -1), [b_pool] * members, start, rank,
+                scaling, rank, routes, drops=drops, config=self.tile,
+            )  # fmt: skip
+        elif self.kernel == "multi_outer":
+            kernels.multi_outer(
+                x, h, start, start, start, scaling[0], POOL, routes, adapter,
+                by_feature="feature" in self.flags, drops=drops, config=self.tile,
+            )  # fmt: skip
         else:
-            N, scaling = self.features, of(SLOTS, dtype=torch.float32)
+            N = self.features
             kernels.multi_linear(
-                x, of(N, N), of(N), h.expand(4, -1, -1), of(POOL, N, dtype=adapter), start, start, scaling, start,
+                x, of(N, N), of(N), h.expand(4, -1, -1), of(POOL, N, dtype=adapter), start, start, scaling[0], start,
                 of(self.rows, dtype=number), config=self.tile,
             )  # fmt: skip
 

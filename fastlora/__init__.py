@@ -4,7 +4,7 @@
     print(fastlora.patch(model))                       # and train as before
 
 Virtual tokens before the input, alone or with LoRA: `fastlora.SoftPrompt`, `fastlora.add_soft_prompt`.
-Many adapters in one batch: `fastlora.AdapterBank`.
+Many adapters in one batch: `fastlora.AdapterBank` serves them, `fastlora.Jobs` trains them.
 Without PEFT: `fastlora.LoRALinear`, or `fastlora.functional.lora_linear` on bare tensors.
 """
 
@@ -22,6 +22,7 @@ from fastlora.warm import warmup
 
 if TYPE_CHECKING:
     from fastlora.bank import AdapterBank
+    from fastlora.jobs import Jobs
     from fastlora.peft import PatchReport, patch, register, unpatch
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterBank",
     "Decision",
+    "Jobs",
     "LoRALinear",
     "MultiLoRALinear",
     "PatchReport",
@@ -57,4 +59,8 @@ def __getattr__(name: str) -> Any:
         from fastlora.bank import AdapterBank
 
         return AdapterBank
+    if name == "Jobs":
+        from fastlora.jobs import Jobs
+
+        return Jobs
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -89,7 +89,7 @@ def read(source: Any, config: Any, target: Target, name: str) -> Adapter:
             raise ValueError(f"config: got None for adapter {name!r}, wanted the PEFT config of its state dict")
         state = dict(source)
     else:
-        saved, state = _folder(Path(source))
+        saved, state = folder(Path(source))
         config = saved if config is None else config
     options = _options(config)
     strangers = [key for key, t in state.items() if not isinstance(key, str) or not isinstance(t, Tensor)]
@@ -103,20 +103,20 @@ def read(source: Any, config: Any, target: Target, name: str) -> Adapter:
     raise ValueError(f"adapter {name!r}: got peft_type {kind!r}, wanted 'LORA' or 'PROMPT_TUNING'")
 
 
-def _folder(folder: Path) -> tuple[Any, dict[str, Tensor]]:
+def folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """adapter_config.json and the tensors of adapter_model.safetensors."""
-    weights = folder / "adapter_model.safetensors"
+    weights = path / "adapter_model.safetensors"
     if not weights.is_file():
         hint = "; adapter_model.bin is a pickle, which may run code: save it again as safetensors"
-        pickled = (folder / "adapter_model.bin").is_file()
-        raise FileNotFoundError(f"{folder}: wanted adapter_model.safetensors in it{hint if pickled else ''}")
+        pickled = (path / "adapter_model.bin").is_file()
+        raise FileNotFoundError(f"{path}: wanted adapter_model.safetensors in it{hint if pickled else ''}")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
+        config = json.loads((path / "adapter_config.json").read_text())
     except ValueError as error:
-        raise ValueError(f"{folder / 'adapter_config.json'}: not JSON: {error}") from error
+        raise ValueError(f"{path / 'adapter_config.json'}: not JSON: {error}") from error
     try:
         return config, load_file(weights)
     except (SafetensorError, ValueError, KeyError, OSError) as error:
@@ -130,7 +130,7 @@ def _options(config: Any) -> dict[str, Any]:
     return options
 
 
-def _refuse_variants(options: dict[str, Any], name: str) -> None:
+def refuse_variants(options: dict[str, Any], name: str) -> None:
     """Raise ValueError for what is more than factors: another formula, other weights, other layers."""
     if (options.get("bias") or "none") != "none":
         raise ValueError(f"adapter {name!r}: got bias={options['bias']!r}: it changes the base's biases; wanted 'none'")
@@ -189,7 +189,7 @@ def _targeted(options: dict[str, Any], layer: str) -> bool:
 
 
 def _lora(state: dict[str, Tensor], options: dict[str, Any], target: Target, name: str) -> Adapter:
-    _refuse_variants(options, name)
+    refuse_variants(options, name)
     parts = _parts(state, name)
     lacking = sorted(module for module in parts if module not in target.modules)
     unserved = sorted(module for module in parts if module in target.modules and module not in target.layers)

@@ -96,6 +96,38 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[Place]:
             yield from _walk(layer, f"{name}.")
 
 
+class Seats:
+    """The linear layers of a model, and MultiLoRALinear in their places.
+
+    named: each layer's place, under the first of its names where it sits in several.   device: of all of them.
+    """
+
+    def __init__(self, base: nn.Module, target_modules: Any) -> None:
+        self.places = find(base, target_modules)
+        first = {id(place.layer): place for place in reversed(self.places)}
+        self.named = {place.name: place for place in self.places if first[id(place.layer)] is place}
+        devices = {next(place.base.parameters()).device for place in self.named.values()}
+        if len(devices) > 1:
+            raise ValueError(f"model: got layers on {sorted(map(str, devices))}, wanted all on one device")
+        self.device = devices.pop()
+
+    def fill(self) -> dict[str, MultiLoRALinear]:
+        """MultiLoRALinear in each place.   Returns them by name."""
+        layers = {}
+        for name, place in self.named.items():
+            K, N = sizes(place.base) or (0, 0)
+            layers[name] = MultiLoRALinear(place.base, K, N).train(place.base.training)
+        ours = {id(place.layer): layers[name] for name, place in self.named.items()}
+        for place in self.places:
+            setattr(place.parent, place.child, ours[id(place.layer)])
+        return layers
+
+    def clear(self) -> None:
+        """Everything back as it was."""
+        for place in self.places:
+            setattr(place.parent, place.child, place.layer)
+
+
 class Attached:
     """A model's layers under MultiLoRALinear.
 
@@ -104,38 +136,28 @@ class Attached:
 
     def __init__(self, model: nn.Module, target_modules: Any, slots: int, rows: int, dtype: torch.dtype | None) -> None:
         self.model, self.base = model, base_model(model)
-        self._places = find(self.base, target_modules)
-        first = {id(place.layer): place for place in reversed(self._places)}  # one layer may sit in several places
-        names = {place.name: place for place in self._places if first[id(place.layer)] is place}
-        for place in names.values():
+        self._seats = Seats(self.base, target_modules)
+        named = self._seats.named
+        for place in named.values():
             if getattr(place.layer, "merged", False) is True:
                 raise ValueError(f"model: got merged adapters in {place.name}; unmerge_adapter() first")
-        self.target = _target(self.base, names, dtype)
-        devices = {next(place.base.parameters()).device for place in names.values()}
-        if len(devices) > 1:
-            raise ValueError(f"model: got layers on {sorted(map(str, devices))}, wanted all on one device")
-        self.device = devices.pop()
+        self.target = _target(self.base, named, dtype)
+        self.device = self._seats.device
         self.tables = Tables.empty(slots, rows, self.device)
-        together, _ = groups.siblings(self.base, {name: place.layer for name, place in names.items()}, multi.TOGETHER)
-        self.layers: dict[str, MultiLoRALinear] = {}
-        for name, place in names.items():
-            self.layers[name] = MultiLoRALinear(place.base, *self.target.layers[name]).train(place.base.training)
+        together, _ = groups.siblings(self.base, {name: place.layer for name, place in named.items()}, multi.TOGETHER)
+        self.layers = self._seats.fill()
         self.groups = [Group([self.layers[name] for name in run], self.tables, self.target.dtype) for run in together]
         self.names = together
-        ours = {id(place.layer): self.layers[name] for name, place in names.items()}
-        for place in self._places:
-            setattr(place.parent, place.child, ours[id(place.layer)])
 
     def detach(self) -> None:
         """Everything back as it was."""
-        for place in self._places:
-            setattr(place.parent, place.child, place.layer)
+        self._seats.clear()
 
     def loaded(self) -> Iterator[tuple[str, Adapter]]:
         """The adapters that PEFT had on the layers."""
         for name, config in _configs(self.model).items():
             state, scaling = {}, {}
-            for place in self._places:
+            for place in self._seats.places:
                 layer: Any = place.layer
                 if name in getattr(layer, "lora_A", ()):
                     state[f"{place.name}.lora_A.weight"] = layer.lora_A[name].weight

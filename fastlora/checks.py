@@ -197,3 +197,56 @@ def check_update(
     _shape("y", y, (*x.shape[:-1], y.shape[-1] if y.dim() else 0), "[..., N] with the leading dimensions of x")
     _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, lora_bias)
     return _autocast_dtype(x)
+
+
+def check_jobs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    jobs: Sequence[int],
+    dropout_p: float | Sequence[float],
+    lora_biases: Sequence[Tensor | None] | None,
+    salts: Tensor | None,
+    update: bool = False,
+) -> torch.dtype | None:
+    """As `check_linear` for every job, lists of one length, and a mapping that fits x.
+
+    update: weight is a base output, as in `check_update`.
+    """
+    count, shared = len(lora_As), isinstance(dropout_p, (int, float))
+    lists: dict[str, Any] = {"lora_Bs": lora_Bs, "scalings": scalings, "lora_biases": lora_biases, "salts": salts}
+    for name, entries in (lists | ({} if shared else {"dropout_p": dropout_p})).items():
+        if entries is not None and len(entries) != count:
+            raise ValueError(f"{name}: got {len(entries)} entries, wanted {count}, one for each of lora_As")
+    if count == 0:
+        raise ValueError("lora_As: got an empty list, wanted one [R, K] for each job")
+    for name, t in (("x", x), ("weight", weight), ("lora_As", lora_As[0]), ("lora_Bs", lora_Bs[0])):
+        if hasattr(t, "full_tensor"):
+            raise TypeError(f"{name}: got a DTensor, wanted a whole tensor: unshard it first")
+    autocast: torch.dtype | None = None
+    for j, (a, b, scaling) in enumerate(zip(lora_As, lora_Bs, scalings, strict=True)):
+        p = dropout_p if isinstance(dropout_p, (int, float)) else dropout_p[j]
+        lora_bias = lora_biases[j] if lora_biases is not None else None
+        try:
+            if isinstance(scaling, Tensor):
+                raise TypeError("scaling: got a tensor, wanted a number")
+            if update:
+                autocast = check_update(weight, x, a, b, scaling, p, lora_bias)
+            else:
+                autocast = check_linear(x, weight, bias, a, b, scaling, p, lora_bias)
+            for name, t, first in (("lora_A", a, lora_As[0]), ("lora_B", b, lora_Bs[0])):
+                if t.dtype != first.dtype:
+                    raise TypeError(f"{name}: got dtype {t.dtype}, wanted job 0's {first.dtype}")
+            if lora_bias is not None and lora_bias.dtype != b.dtype:
+                raise TypeError(f"lora_bias: got dtype {lora_bias.dtype}, wanted lora_B's {b.dtype}")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"job {j}: {error}") from None
+    rows = x.shape[:-1].numel()
+    if len(jobs) == 0 or rows % len(jobs):
+        raise ValueError(f"jobs: got {len(jobs)} entries, wanted a number that divides the {rows} rows of x")
+    if not all(-1 <= job < count for job in jobs):
+        raise ValueError(f"jobs: got {sorted(set(jobs))}, wanted numbers from −1 (the base alone) to {count - 1}")
+    return autocast

@@ -1,7 +1,8 @@
 """Many adapters in one batch: the pools that hold them, who is who in a batch, and the module that serves both.
 
 Adapters of all layers that share an input lie side by side in pools of rank rows (DESIGN §5). A batch says which slot
-each request takes; outside a batch a layer is its base layer, to the bit.
+each request takes; outside a batch a layer is its base layer, to the bit. `trained` has the layer's other side, where
+adapters are trained instead of served.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import dispatch, eager, ops
+from fastlora.trained import JobLayer
 
 TOGETHER = 3
 """Layers that one launch takes."""
@@ -333,35 +335,26 @@ class _Ready:
     ys: list[Tensor | None] = field(default_factory=list)
 
 
-class MultiLoRALinear(nn.Module):
+class MultiLoRALinear(JobLayer):
     """A linear layer that adds each request's own adapter, y[i] = base(x)[i] + scaling·(x[i]·aᵀ·bᵀ + lora_bias).
 
     base_layer: any layer [..., K] → [..., N], quantised ones too.   Which request has which adapter is said around the
-    call (`AdapterBank.use`); outside of that, and for requests without an adapter, the output is the base layer's.
+    call: of a bank's adapters by `AdapterBank.use`, of jobs that train by `use_jobs` or `Jobs.use`. Outside of that,
+    and for requests without an adapter, the output is the base layer's.
     """
 
-    group: Group
-    index: int
-
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = in_features, out_features
-
-    @property
-    def weight(self) -> Any:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias
+    group: Group | None = None
+    index: int = 0
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.jobs:
+            return self.train_jobs(x, args, kwargs)
         batch = current()
-        if batch is None:
+        if batch is None or self.group is None:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
         return self.group.run(self.index, x, batch, args, kwargs)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, beside={len(self.group.members) - 1}"
+        beside = f", beside={len(self.group.members) - 1}" if self.group is not None else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{beside}"

@@ -289,6 +289,42 @@ def lora_gated_mlp(
     return run(z, down, 2)
 
 
+def jobs_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    jobs: Sequence[int],
+    *,
+    dropout_p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    lora_biases: Sequence[Tensor | None] | None = None,
+    seeds: Tensor | None = None,
+) -> Tensor:
+    """One frozen layer for several jobs, each by `lora_linear` on its own rows alone, put back in their places.
+
+    x: [..., K].   jobs: the job of each request, −1 for the base alone; as many rows of x for each.   seeds: [G] int64,
+    of the masks, whose row 0 is a job's first.   The rest as in `lora_linear`, an entry a job.   Returns y: [..., N].
+    """
+    rows, count = x.reshape(-1, x.shape[-1]), len(lora_As)
+    owner = torch.tensor(jobs).repeat_interleave(len(rows) // len(jobs))
+    ps = [dropout_p] * count if isinstance(dropout_p, (int, float)) else dropout_p
+    wide = _wide(x, weight)
+    base = rows.to(wide) @ weight.to(wide).t() + (0 if bias is None else bias.to(wide))
+    y = base.to(x.dtype)
+    for job, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, ps, strict=True)):
+        at = (owner == job).nonzero()[:, 0].to(x.device)
+        mine = lora_linear(
+            rows[at], weight, bias, a, b, scaling, dropout_p=p, training=training,
+            lora_bias=lora_biases[job] if lora_biases is not None else None,
+            seed=seeds[job] if seeds is not None else None,
+        )  # fmt: skip
+        y = y.index_copy(0, at, mine)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
 def multi_shrink(x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, slots: Tensor) -> Tensor:
     """h[row] = x[row]·aᵀ for the adapter of each row, of every layer that shares x; 0 past its rank.
 
@@ -329,4 +365,27 @@ def multi_expand(
                 if biased[member, slot]:
                     update = update + b_pool[first + r].to(h.dtype)
                 y[row] = (y[row].to(h.dtype) + update * scaling[member, slot]).to(y.dtype)
+    return out
+
+
+def multi_drop(x: Tensor, slots: Tensor, seeds: Tensor, ps: Sequence[float]) -> Tensor:
+    """drop(x) of rows that have a slot each, by the slot's seed and p, at [row among the slot's own, col].
+
+    x: [M, K].   slots: [M], −1 for rows that are left alone.   seeds: [G] int64.   Returns [M, K].
+    """
+    out = x.clone()
+    for slot, p in enumerate(ps):
+        out[slots == slot] = _drop(x[slots == slot], p, seeds[slot])
+    return out
+
+
+def multi_outer(x: Tensor, f: Tensor, start: Tensor, rank: Tensor, factor: Tensor, slots: Tensor, rows: int) -> Tensor:
+    """out[start : start + rank] = factor·Σ f[row, :rank]ᵀ·x[row] over the rows of each slot: da and db as rank rows.
+
+    x: [M, K].   f: [M, width].   start, rank, factor: [G].   slots: [M].   Returns [rows, K] in x's dtype.
+    """
+    out = x.new_zeros((rows, x.shape[1]))
+    for slot in range(len(start)):
+        first, r, mine = int(start[slot]), int(rank[slot]), slots == slot
+        out[first : first + r] = factor[slot] * (f[mine, :r].t() @ x[mine])
     return out

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fastlora_kernels.traffic import Gated, Group, Layer, Work
+from fastlora_kernels.traffic import Gated, Group, JobsLayer, Layer, Work
 
 TYPICAL = Layer(M=8192, K=4096, N=4096, R=16)
 MIB = 2**20
@@ -49,6 +49,22 @@ def test_gradients_that_nobody_wants_cost_nothing() -> None:
 
 def test_the_low_rank_term_is_about_one_percent_of_the_arithmetic() -> None:
     assert TYPICAL.lora("both").flops / TYPICAL.frozen("both").flops == pytest.approx(1.01, abs=0.005)
+
+
+def test_jobs_pay_for_their_own_rank_and_rows() -> None:
+    """One job is a layer by itself, split, but for dy, which two launches read; a rank 4 job beside a rank 64 one costs
+    a sixteenth; rows of nobody cost the base alone."""
+    M, K, N = 512, 4096, 1024
+    one = JobsLayer((M,), (16,), K, N)
+    alone = Layer(M, K, N, 16, adapter=4, fused=False)
+    again = M * N * 2
+    assert one.lora("both").bytes == pytest.approx(alone.lora("both").bytes + again, rel=1e-6)
+    assert one.lora("both").flops == alone.lora("both").flops
+    few, many = (JobsLayer((M,), (R,), K, N).shrink().flops for R in (4, 64))
+    assert 16 * few == many and JobsLayer((M, M), (4, 64), K, N).shrink().flops == few + many
+    beside = replace(one, base_rows=100)
+    extra = Layer(M + 100, K, N, 1).frozen("both").flops - Layer(M, K, N, 1).frozen("both").flops
+    assert beside.lora("both").flops - one.lora("both").flops == extra
 
 
 def test_the_roof_is_the_slower_of_arithmetic_and_memory() -> None:

@@ -9,6 +9,7 @@ from fastlora.eager import few
 from fastlora.eager.dropout import FEW_ELEMENTS, dropped, holes
 from fastlora.eager.gated import activate, lora_gated, lora_gated_backward
 from fastlora.eager.group import lora_group, lora_group_backward
+from fastlora.eager.jobs import jobs_backward, jobs_linear, jobs_update
 from fastlora.eager.linear import lora_backward, lora_linear, lora_update
 from fastlora.eager.multi import multi_update_
 
@@ -18,6 +19,9 @@ __all__ = [
     "dropped",
     "few",
     "holes",
+    "jobs_backward",
+    "jobs_linear",
+    "jobs_update",
     "lora_backward",
     "lora_gated",
     "lora_gated_backward",

@@ -2,8 +2,19 @@
 
 from fastlora.functional.gated import lora_gated_mlp
 from fastlora.functional.group import lora_linear_group, together
+from fastlora.functional.jobs import jobs_linear, jobs_update
 from fastlora.functional.linear import lora_linear, lora_update
 from fastlora.functional.rules import draw_seed
 from fastlora.reference import Projection
 
-__all__ = ["Projection", "draw_seed", "lora_gated_mlp", "lora_linear", "lora_linear_group", "lora_update", "together"]
+__all__ = [
+    "Projection",
+    "draw_seed",
+    "jobs_linear",
+    "jobs_update",
+    "lora_gated_mlp",
+    "lora_linear",
+    "lora_linear_group",
+    "lora_update",
+    "together",
+]

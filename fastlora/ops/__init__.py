@@ -8,6 +8,7 @@ from fastlora.eager import activate, few
 from fastlora.eager.few import FEW_INPUTS
 from fastlora.ops.gated import gated_gradients, lora_gated, lora_gated_backward
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
+from fastlora.ops.jobs import jobs_backward, jobs_gradients, jobs_linear, jobs_update
 from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
 from fastlora.ops.linear import gradients, lora_backward, lora_linear, lora_update
 from fastlora.ops.multi import multi_linear, multi_update_
@@ -21,6 +22,10 @@ __all__ = [
     "gated_gradients",
     "gradients",
     "group_gradients",
+    "jobs_backward",
+    "jobs_gradients",
+    "jobs_linear",
+    "jobs_update",
     "kernels",
     "lora_backward",
     "lora_gated",

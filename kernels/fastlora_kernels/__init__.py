@@ -6,11 +6,13 @@ from fastlora_kernels.expand import add_dx, add_expand, dx, expand, group_add_dx
 from fastlora_kernels.gated import gated_backward, gated_linear
 from fastlora_kernels.glu import glu, glu_backward
 from fastlora_kernels.group import group_backward, group_linear
+from fastlora_kernels.jobs import jobs_backward, jobs_linear, jobs_update
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
 from fastlora_kernels.members import GROUP
 from fastlora_kernels.multi import multi_expand, multi_shrink
 from fastlora_kernels.multi_linear import multi_linear
-from fastlora_kernels.routing import Routes, route
+from fastlora_kernels.multi_outer import multi_outer
+from fastlora_kernels.routing import Drops, Routes, route
 from fastlora_kernels.shrink import group_shrink, shrink
 from fastlora_kernels.tables import Tile, strategy, table, tile
 from fastlora_kernels.x_pass import group_x_pass, x_pass
@@ -18,6 +20,7 @@ from fastlora_kernels.x_pass import group_x_pass, x_pass
 __all__ = [
     "GROUP",
     "INTERPRET",
+    "Drops",
     "Routes",
     "Tile",
     "add_dx",
@@ -37,11 +40,15 @@ __all__ = [
     "group_linear",
     "group_shrink",
     "group_x_pass",
+    "jobs_backward",
+    "jobs_linear",
+    "jobs_update",
     "lora_backward",
     "lora_linear",
     "lora_update",
     "multi_expand",
     "multi_linear",
+    "multi_outer",
     "multi_shrink",
     "route",
     "shrink",

@@ -3,7 +3,7 @@
 An adapter is a run of `rank` rows in `a_pool` and `b_pool`: what is read is in proportion to true rank. Layers that
 share an input (q, k, v; gate, up) take one shrink and one expand together. Base rows are neither read nor written. A
 row's term is bitwise the same whoever else is in the batch: its tile has a fixed number of rows, and the split of K
-depends on the layer alone.
+depends on the layer alone. Jobs that train take the same kernels with dropout, forward (h, y) and backward (dh, dx).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fastlora_kernels.device import INTERPRET, arch, on_device
 from fastlora_kernels.dot import cast, dot, pieces
-from fastlora_kernels.routing import TILE_ROWS, Routes
+from fastlora_kernels.dropout import keep
+from fastlora_kernels.routing import TILE_ROWS, Drops, Routes, first_of
 from fastlora_kernels.tables import Tile, tile
 
 SPLIT = 1024
@@ -34,6 +35,10 @@ def _multi_shrink_kernel(
     tile_ptr,
     start_ptr,
     rank_ptr,
+    factor_ptr,
+    count_ptr,
+    seed_ptr,
+    threshold_ptr,
     h_ptr,
     M,
     K,
@@ -43,6 +48,9 @@ def _multi_shrink_kernel(
     stride_xk,
     stride_ag,
     stride_ar,
+    SCALED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    SLOTS: tl.constexpr,
     SPLIT: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -50,16 +58,23 @@ def _multi_shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """h[part, member, row, :rank] = x[row, part of K]·a[member, start : start + rank, part of K]ᵀ, for one tile."""
+    """h[part, member, row, :rank] = x[row, part of K]·a[member, start : start + rank, part of K]ᵀ, for one tile.
+
+    SCALED: times the slot's factor.   DROPOUT: of drop(x), by the slot's seed and threshold.
+    """
     pid, member, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tl.load(tile_ptr + 3 * pid + 2)
     if rows > 0:
         slot = tl.load(tile_ptr + 3 * pid)
         offs_t = tl.arange(0, TILE_ROWS)
         mask_m = offs_t < rows
-        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
+        first = tl.load(tile_ptr + 3 * pid + 1)
+        offs_m = tl.load(order_ptr + first + offs_t, mask=mask_m, other=0).to(tl.int64)
         start = tl.load(start_ptr + slot).to(tl.int64)
         rank = tl.load(rank_ptr + member * G + slot)
+        if DROPOUT:
+            seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)
+            offs_own = first - first_of(count_ptr, slot, G, SLOTS) + offs_t
         x_rows = x_ptr + offs_m[:, None] * stride_xm
         h_rows = h_ptr + ((part * tl.num_programs(1) + member).to(tl.int64) * M + offs_m)[:, None] * width
         for r in tl.range(0, rank, BLOCK_R):
@@ -73,8 +88,12 @@ def _multi_shrink_kernel(
                 x = tl.load(
                     x_rows + offs_k.to(tl.int64)[None, :] * stride_xk, mask=mask_m[:, None] & mask_k[None, :], other=0.0
                 )
+                if DROPOUT:
+                    x = tl.where(keep(seed, offs_own, k, threshold, TILE_ROWS, BLOCK_K), x, 0.0)
                 a = tl.load(a_cols + offs_k[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
                 acc = dot(x, a, acc, PIECES, INTERPRET)
+            if SCALED:
+                acc *= tl.load(factor_ptr + slot)
             tl.store(h_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
 
 
@@ -88,6 +107,9 @@ def _expand_tile(
     rank_ptr,
     scaling_ptr,
     biased_ptr,
+    count_ptr,
+    seed_ptr,
+    threshold_ptr,
     y_ptr,
     M,
     N,
@@ -95,6 +117,8 @@ def _expand_tile(
     width,
     stride_ym,
     member,
+    DROPOUT: tl.constexpr,
+    SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -103,14 +127,18 @@ def _expand_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """y[row, block] += scaling·(Σ_part h[part, member, row]·b[start : start + rank] + bias row), for one tile."""
+    """y[row, block] += scaling·(Σ_part h[part, member, row]·b[start : start + rank] + bias row), for one tile.
+
+    DROPOUT: only where the slot's mask keeps, as dx takes it.
+    """
     pid, pid_n = tl.program_id(0), tl.program_id(1)
     rows, slot = tl.load(tile_ptr + 3 * pid + 2), tl.load(tile_ptr + 3 * pid)
     rank = tl.load(rank_ptr + member * G + slot)
     if (rows > 0) & (rank > 0) & (pid_n * BLOCK_N < N):
         offs_t = tl.arange(0, TILE_ROWS)
         mask_m = offs_t < rows
-        offs_m = tl.load(order_ptr + tl.load(tile_ptr + 3 * pid + 1) + offs_t, mask=mask_m, other=0).to(tl.int64)
+        first = tl.load(tile_ptr + 3 * pid + 1)
+        offs_m = tl.load(order_ptr + first + offs_t, mask=mask_m, other=0).to(tl.int64)
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         mask = mask_m[:, None] & mask_n[None, :]
@@ -131,6 +159,10 @@ def _expand_tile(
         biased = tl.load(biased_ptr + member * G + slot) != 0
         bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0)
         acc = (acc + bias.to(tl.float32)[None, :]) * tl.load(scaling_ptr + member * G + slot)
+        if DROPOUT:
+            seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)
+            offs_own = first - first_of(count_ptr, slot, G, SLOTS) + offs_t
+            acc = tl.where(keep(seed, offs_own, pid_n * BLOCK_N, threshold, TILE_ROWS, BLOCK_N), acc, 0.0)
         tl.store(y_tile, cast(acc + y.to(tl.float32), y_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
@@ -146,6 +178,9 @@ def _multi_expand_kernel(
     rank_ptr,
     scaling_ptr,
     biased_ptr,
+    count_ptr,
+    seed_ptr,
+    threshold_ptr,
     y0_ptr,
     y1_ptr,
     y2_ptr,
@@ -158,6 +193,8 @@ def _multi_expand_kernel(
     stride_y0,
     stride_y1,
     stride_y2,
+    DROPOUT: tl.constexpr,
+    SLOTS: tl.constexpr,
     PARTS: tl.constexpr,
     MEMBERS: tl.constexpr,
     PIECES: tl.constexpr,
@@ -171,44 +208,60 @@ def _multi_expand_kernel(
     member = tl.program_id(2)
     if member == 0:
         _expand_tile(
-            h_ptr, b0_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y0_ptr,
-            M, N0, G, width, stride_y0, 0, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+            h_ptr, b0_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, count_ptr, seed_ptr,
+            threshold_ptr, y0_ptr, M, N0, G, width, stride_y0, 0, DROPOUT, SLOTS, PARTS, MEMBERS, PIECES, INTERPRET,
+            TILE_ROWS, BLOCK_R, BLOCK_N,
         )  # fmt: skip
     if MEMBERS > 1:
         if member == 1:
             _expand_tile(
-                h_ptr, b1_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y1_ptr,
-                M, N1, G, width, stride_y1, 1, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+                h_ptr, b1_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, count_ptr, seed_ptr,
+                threshold_ptr, y1_ptr, M, N1, G, width, stride_y1, 1, DROPOUT, SLOTS, PARTS, MEMBERS, PIECES, INTERPRET,
+                TILE_ROWS, BLOCK_R, BLOCK_N,
             )  # fmt: skip
     if MEMBERS > 2:
         if member == 2:
             _expand_tile(
-                h_ptr, b2_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, y2_ptr,
-                M, N2, G, width, stride_y2, 2, PARTS, MEMBERS, PIECES, INTERPRET, TILE_ROWS, BLOCK_R, BLOCK_N,
+                h_ptr, b2_ptr, order_ptr, tile_ptr, start_ptr, rank_ptr, scaling_ptr, biased_ptr, count_ptr, seed_ptr,
+                threshold_ptr, y2_ptr, M, N2, G, width, stride_y2, 2, DROPOUT, SLOTS, PARTS, MEMBERS, PIECES, INTERPRET,
+                TILE_ROWS, BLOCK_R, BLOCK_N,
             )  # fmt: skip
 
 
 def multi_shrink(
-    x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, width: int, routes: Routes, *, config: Tile | None = None
+    x: Tensor,
+    a_pool: Tensor,
+    start: Tensor,
+    rank: Tensor,
+    width: int,
+    routes: Routes,
+    *,
+    factor: Tensor | None = None,
+    drops: Drops | None = None,
+    whole: bool = False,
+    config: Tile | None = None,
 ) -> Tensor:
     """h[row] = x[row]·a[start : start + rank]ᵀ for the adapter of each row, of all the layers that share x.
 
     x: [M, K], any strides.   a_pool: [members, T, K], rank rows of each layer, contiguous.   start: [G] int32, first
     rank row of each slot.   rank: [members, G] int32.   width: at least the largest rank.   routes: of the M rows.
+    factor: [G] fp32, on each slot's h.   drops: dropout of x, a slot's own.   whole: one part for all of K.
     Returns h: [parts, members, M, ⌈width/16⌉·16] fp32, to be summed over parts of K; written where a row has a rank,
     and nowhere else.
     """
     (M, K), members = x.shape, a_pool.shape[0]
-    parts, width = triton.cdiv(K, SPLIT), triton.cdiv(width, 16) * 16  # so that loads of h are wide
+    t = config or tile("multi_shrink", arch(x), x.dtype, M, K)
+    split = triton.cdiv(K, t.BLOCK_K) * t.BLOCK_K if whole else SPLIT
+    parts, width = triton.cdiv(K, split), triton.cdiv(width, 16) * 16  # so that loads of h are wide
     h = x.new_empty((parts, members, M, width), dtype=torch.float32)
     if M == 0:
         return h
-    t = config or tile("multi_shrink", arch(x), x.dtype, M, K)
     with on_device(x):
         _multi_shrink_kernel[(len(routes.tiles), members, parts)](
-            x, a_pool, routes.order, routes.tiles, start, rank, h, M, K, len(start), width,
-            *x.stride(), a_pool.stride(0), a_pool.stride(1),
-            SPLIT=SPLIT, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
+            x, a_pool, routes.order, routes.tiles, start, rank, factor if factor is not None else x, routes.counts,
+            *(drops or (x, x)), h, M, K, len(start), width, *x.stride(), a_pool.stride(0), a_pool.stride(1),
+            SCALED=factor is not None, DROPOUT=drops is not None, SLOTS=triton.next_power_of_2(len(start)),
+            SPLIT=split, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
             TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
         )  # fmt: skip
     return h
@@ -224,13 +277,14 @@ def multi_expand(
     biased: Tensor,
     routes: Routes,
     *,
+    drops: Drops | None = None,
     config: Tile | None = None,
 ) -> None:
     """y[row] += scaling·(h[row]·b[start : start + rank] + bias) in place, for up to three layers in one launch.
 
     ys: [M, N] each, base outputs of any float dtype, inner stride 1.   h: as `multi_shrink` left it.   b_pools: [T, N]
     each, contiguous; where biased: [members, G] int32 is set, the row after an adapter's last holds its lora_bias.
-    scaling: [members, G] fp32.   A layer whose adapter has rank 0 is left alone.
+    scaling: [members, G] fp32.   A layer whose adapter has rank 0 is left alone.   drops: only kept elements get it.
     """
     M, members = ys[0].shape[0], len(ys)
     if M == 0:
@@ -240,10 +294,10 @@ def multi_expand(
     three = [min(i, members - 1) for i in range(MEMBERS)]
     with on_device(ys[0]):
         _multi_expand_kernel[(len(routes.tiles), triton.cdiv(widest, t.BLOCK_N), members)](
-            h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased,
-            *(ys[i] for i in three), M, *(ys[i].shape[1] for i in three), len(start), h.shape[3],
+            h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased, routes.counts,
+            *(drops or (h, h)), *(ys[i] for i in three), M, *(ys[i].shape[1] for i in three), len(start), h.shape[3],
             *(ys[i].stride(0) for i in three),
-            PARTS=h.shape[0], MEMBERS=members,
+            DROPOUT=drops is not None, SLOTS=triton.next_power_of_2(len(start)), PARTS=h.shape[0], MEMBERS=members,
             PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
             INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, **t.options,
         )  # fmt: skip

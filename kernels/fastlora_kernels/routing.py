@@ -7,6 +7,7 @@ CUDA graph replays with other adapters, more or fewer. All layers of a batch sha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -71,6 +72,23 @@ def _route_kernel(
         for t in tl.range(first_tile + my_tiles, tiles, CHUNK):
             offs = t + tl.arange(0, CHUNK)
             tl.store(tile_ptr + 3 * offs + 2, tl.zeros([CHUNK], tl.int32), mask=offs < tiles)
+
+
+@triton.jit
+def first_of(count_ptr, slot, G, SLOTS: tl.constexpr):
+    """Where the slot's rows begin in the order: how many rows the slots before it have."""
+    offs_g = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(count_ptr + offs_g, mask=(offs_g < G) & (offs_g < slot), other=0), 0)
+
+
+class Drops(NamedTuple):
+    """Dropout of each slot's rows, which count from the slot's first: who else is in the batch moves no mask.
+
+    seeds: [G] int64.   thresholds: [G] int32, 0 where nothing is dropped.
+    """
+
+    seeds: Tensor
+    thresholds: Tensor
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,55 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class JobsLayer:
+    """The work of one frozen layer whose rows belong to several jobs, each with factors of its own.
+
+    rows, ranks: M and R of each job.   base_rows: rows of nobody.   The rest as in `Layer`; the base's products are the
+    vendor's, and the jobs' terms land on them in place.
+    """
+
+    rows: tuple[int, ...]
+    ranks: tuple[int, ...]
+    K: int
+    N: int
+    base_rows: int = 0
+    main: int = 2
+    adapter: int = 4
+
+    def _thin(self, width: int) -> Work:
+        """A product of the jobs' rows, [M_j, width], with their factors: read, and h or dh passed on or taken up."""
+        flops = sum(2 * M * width * R for M, R in zip(self.rows, self.ranks, strict=True))
+        h = sum(M * R for M, R in zip(self.rows, self.ranks, strict=True)) * FP32
+        return Work(flops, sum(self.rows) * width * self.main + sum(self.ranks) * width * self.adapter + h)
+
+    def shrink(self) -> Work:
+        """h = drop(x)·aᵀ on each job's rows."""
+        return self._thin(self.K)
+
+    def expand(self) -> Work:
+        """y += scale·h·bᵀ on each job's rows: read and written."""
+        return self._thin(self.N) + Work(0, sum(self.rows) * self.N * self.main)
+
+    def dy(self) -> Work:
+        """dh = scale·dy·b, and db = scale·hᵀ·dy: dy is read by either."""
+        return self._thin(self.N) + self._thin(self.N)
+
+    def x(self) -> Work:
+        """da = dhᵀ·drop(x)."""
+        return self._thin(self.K)
+
+    def dx(self) -> Work:
+        """dx += mask/(1−p) ⊙ (dh·a): read and written."""
+        return self._thin(self.K) + Work(0, sum(self.rows) * self.K * self.main)
+
+    def lora(self, which: str) -> Work:
+        """The whole layer.   which: "forward", "backward" or "both"."""
+        M = sum(self.rows) + self.base_rows
+        base = Layer(M, self.K, self.N, 1, self.main)
+        return base.frozen(which) + _of(which, self.shrink() + self.expand(), self.dy() + self.x() + self.dx())
+
+
+@dataclass(frozen=True)
 class Group:
     """The work of the launches of layers that share one input, each with its own N, R and wants.
 

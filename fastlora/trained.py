@@ -1,0 +1,190 @@
+"""The side of MultiLoRALinear that trains: several jobs on one frozen layer, each with factors of its own.
+
+A job's factors are ordinary contiguous parameters, for an optimizer of the job's own. The jobs' lora_A are views of one
+pool of rank rows, so that a launch reads all of them as they lie: an optimizer's in-place step writes into the pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.checks import check_numbers
+from fastlora.functional import jobs_linear, jobs_update
+
+BASE = "__base__"
+"""The name of no job at all, as None is."""
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """Whose each request of a batch is.
+
+    names: the jobs that have a request.   jobs: of each request, its job's place among names, −1 for the base alone.
+    salts: [G] int64, what makes the jobs' dropout differ: of the name alone, so that no company changes it.
+    """
+
+    names: tuple[str, ...]
+    jobs: tuple[int, ...]
+    salts: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[str | None], device: torch.device) -> Mapping:
+        names = tuple(dict.fromkeys(name for name in requests if name is not None and name != BASE))
+        places = {name: place for place, name in enumerate(names)}
+        digests = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
+        salts = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], dtype=torch.int64)
+        return cls(names, tuple(places.get(name, -1) for name in requests), salts.to(device))  # type: ignore[arg-type]
+
+
+class Crew:
+    """The mapping of the batch that runs, for all layers of a model and for all threads.
+
+    On a GPU a checkpointed layer is recomputed in a thread of autograd's.
+    """
+
+    mapping: Mapping | None = None
+
+    @contextlib.contextmanager
+    def use(self, requests: Sequence[str | None], device: torch.device) -> Iterator[None]:
+        before, self.mapping = self.mapping, Mapping.of(requests, device)
+        try:
+            yield
+        finally:
+            self.mapping = before
+
+
+class Job(nn.Module):
+    """One layer's factors of one job.   lora_A.weight: [R, K], lora_B.weight: [N, R], lora_B.bias: [N] or None."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        K: int,
+        N: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        lora_bias: bool,
+    ) -> None:
+        super().__init__()
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r: got {r!r}, wanted a whole number ≥ 1")
+        self.lora_dropout = float(lora_dropout)
+        self.scaling = float(lora_alpha / (math.sqrt(r) if use_rslora else r))
+        check_numbers(self.scaling, self.lora_dropout)
+        wide = weight.dtype in (torch.float32, torch.float64)
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
+        self.lora_A = nn.Linear(K, r, bias=False, **like)
+        self.lora_B = nn.Linear(r, N, bias=lora_bias, **like)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
+
+
+class JobLayer(nn.Module):
+    """A frozen linear layer and its jobs.   base_layer: any layer [..., K] → [..., N].   jobs: by name."""
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.jobs = nn.ModuleDict()
+        self.crew = Crew()
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+    def add_job(
+        self,
+        name: str,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+    ) -> None:
+        """A job with factors of its own: lora_A as PEFT begins it, lora_B zero; fp32 on a 16-bit base.
+
+        Raises ValueError, TypeError for a name that is taken or can be no module's, and for numbers that do not fit.
+        """
+        if not isinstance(name, str) or name in ("", BASE) or "." in name or hasattr(nn.ModuleDict, name):
+            raise ValueError(f"name: got {name!r}, wanted a name without a dot, and no method's of nn.ModuleDict")
+        if name in self.jobs:
+            raise ValueError(f"name: got {name!r}, which is a job already; wanted a new name")
+        size = self.in_features, self.out_features
+        base = next(self.base_layer.parameters())
+        like = base if base.is_floating_point() else torch.empty(0, device=base.device)  # of a quantised base
+        self.jobs[name] = Job(like, *size, r, lora_alpha, lora_dropout, use_rslora, lora_bias)
+        self.base_layer.requires_grad_(False)
+        self._pack()
+
+    def remove_job(self, name: str) -> None:
+        """Forget a job; its parameters live on in whoever holds them.   Raises KeyError."""
+        del self.jobs[name]
+        self._pack()
+
+    def job_parameters(self, name: str) -> list[nn.Parameter]:
+        """lora_A: [R, K], lora_B: [N, R], and the lora_bias if there is one.   Raises KeyError."""
+        return list(self.jobs[name].parameters())
+
+    @contextlib.contextmanager
+    def use_jobs(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Calls inside, and their backward, train the job of each request.   names: one for each, None for the base."""
+        with self.crew.use(names, next(self.base_layer.parameters()).device):
+            yield
+
+    @torch.no_grad()
+    def _pack(self) -> None:
+        """Every job's lora_A in one pool of rank rows, the parameters views of it; lora_B, which lies the other way, is
+        copied together when it is needed."""
+        jobs: list[Any] = list(self.jobs.values())
+        weights: list[Tensor] = [job.lora_A.weight for job in jobs]
+        if not weights or any(type(p.data) is not Tensor for p in weights):
+            return
+        pool = torch.cat(weights)
+        for p, rows in zip(weights, pool.split([len(p) for p in weights]), strict=True):
+            p.data = rows
+
+    def train_jobs(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The base layer's output, and each job's term on the rows of its requests."""
+        mapping, base = self.crew.mapping, self.base_layer
+        if mapping is None or not mapping.names:
+            if mapping is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+                raise RuntimeError(
+                    "jobs: a checkpointed layer is recomputed outside of `use`; call backward inside it, as forward was"
+                )
+            y: Tensor = base(x, *args, **kwargs)
+            return y
+        if x.shape[0] % len(mapping.jobs) or x.dim() < 2:
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)}, wanted a multiple of the batch's {len(mapping.jobs)} requests first"
+            )
+        mine: list[Any] = [self.jobs[name] for name in mapping.names]
+        factors = (
+            [job.lora_A.weight for job in mine], [job.lora_B.weight for job in mine], [job.scaling for job in mine],
+            mapping.jobs,
+        )  # fmt: skip
+        options: dict[str, Any] = {
+            "dropout_p": [job.lora_dropout for job in mine],
+            "training": self.training,
+            "lora_biases": [job.lora_B.bias for job in mine],
+            "salts": mapping.salts,
+        }
+        if type(base) is nn.Linear and not (base._forward_hooks or base._forward_pre_hooks or args or kwargs):
+            return jobs_linear(x, base.weight, base.bias, *factors, **options)
+        return jobs_update(base(x, *args, **kwargs), x, *factors, **options)
