@@ -60,11 +60,12 @@ def test_verdicts_follow_from_the_numbers(rows: dict[tuple[str, ...], audit.Row]
 
 
 def sample() -> list[Case]:
-    """bf16 with PEFT's fp32 adapters, at the tile of many rows, both forms: every kernel on sm_90, GEMMs elsewhere."""
+    """bf16 with PEFT's fp32 adapters, at the tile of many rows, both forms: every kernel on sm_90, some elsewhere."""
     wanted = [("sm_90", kernel) for kernel in AXES]
     wanted += [(arch, kernel) for arch in ("sm_80", "sm_100") for kernel in ("expand", "dx")]
     wanted += [("sm_89", "dx"), ("gfx942", "expand")]
     chosen = []
+    wanted += [("sm_100", "group_dx"), ("gfx942", "group_shrink")]
     for arch, kernel in wanted:
         of = [c for c in cases((arch,), (kernel,)) if (c.main, c.adapter) == ("bf16", "fp32") or not AXES[kernel]]
         many = [case for case in of if case.rows == max(c.rows for c in of)]

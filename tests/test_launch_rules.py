@@ -56,11 +56,33 @@ def test_partials_of_the_dy_pass_stay_under_a_tenth_of_dy(M: int, N: int, R: int
     assert partials <= 0.1 * 2 * M * N
 
 
-@given(ranks)
-def test_rank_blocks(R: int) -> None:
-    block = block_r(R)
+@many
+@given(
+    M=sizes,
+    Ns=st.lists(sizes, min_size=1, max_size=3),
+    R=st.integers(1, 64),
+    programs=st.integers(1, 300),
+    block=blocks,
+)
+def test_partials_of_a_groups_dh_stay_under_a_tenth_of_its_dys(
+    M: int, Ns: list[int], R: int, programs: int, block: int
+) -> None:
+    n_parts, _ = chunks(sum(Ns), programs, block, least=max(512 * len(Ns), 40 * R * len(Ns)))
+    assert n_parts == 1 or 4 * R * len(Ns) * M * n_parts <= 0.1 * 2 * M * sum(Ns)
+
+
+@given(ranks, st.integers(1, 3))
+def test_rank_blocks(R: int, members: int) -> None:
+    block, most = block_r(R, members), 128 if members == 1 else 64
     assert block in (16, 32, 64, 128)
-    assert (block >= R or block == 128) and (block < 2 * R or block == 16)
+    assert (block >= R or block == most) and (block < 2 * R or block == 16)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+def test_a_second_mask_halves_the_tile_of_a_groups_dx(arch: str) -> None:
+    for tma in (True, False):
+        one, two = (kernels.tile("group_dx", arch, bf16, 8192, 4096, 16, tma, masks) for masks in (1, 2))
+        assert one.BLOCK_M * one.BLOCK_N == 2 * two.BLOCK_M * two.BLOCK_N and one.tma == two.tma == tma
 
 
 @pytest.mark.parametrize(
@@ -86,8 +108,9 @@ def test_pieces(main: torch.dtype, factor: torch.dtype, out: torch.dtype, counts
 
 
 TABLES = sorted(Path(inspect.getfile(kernels)).with_name("tables").glob("*.json"))
-KERNELS = ["shrink", "expand", "add", "dy", "x", "dx", "multi_shrink", "multi_expand", "multi_linear"]
-BOUNDS = {"max_M", "max_N", "max_K", "max_R", "dtype"}
+GROUPS = ["group_shrink", "group_dy", "group_x", "group_dx", "group_add"]
+KERNELS = ["shrink", "expand", "add", "dy", "x", "dx", *GROUPS, "multi_shrink", "multi_expand", "multi_linear"]
+BOUNDS = {"max_M", "max_N", "max_K", "max_R", "max_masks", "dtype"}
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -104,7 +127,7 @@ def test_tables_answer_every_shape(path: Path) -> None:
             assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K))
             assert tile.tma or not tile.specialize, "only the persistent form has warps for loads alone"
     for kernel, rows in table["tiles"].items():
-        assert kernel in ("expand", "dx") or not any("tma" in row["tile"] for row in rows)
+        assert kernel in ("expand", "dx", "group_dx") or not any("tma" in row["tile"] for row in rows)
     assert {row["strategy"] for row in table["strategy"]} <= {"fused", "split"}
 
 
@@ -115,13 +138,14 @@ def test_tables_answer_every_shape(path: Path) -> None:
     M=sizes,
     N=sizes,
     R=ranks,
+    masks=st.integers(0, 3),
 )
 def test_every_shape_on_every_architecture_has_a_tile(
-    kernel: str, dtype: torch.dtype, arch: str, M: int, N: int, R: int
+    kernel: str, dtype: torch.dtype, arch: str, M: int, N: int, R: int, masks: int
 ) -> None:
-    tile = kernels.tile(kernel, arch, dtype, M, N, R)
-    assert tile == kernels.tile(kernel, arch, dtype, M, N, R)
-    assert not kernels.tile(kernel, arch, dtype, M, N, R, tma=False).tma
+    tile = kernels.tile(kernel, arch, dtype, M, N, R, masks=masks)
+    assert tile == kernels.tile(kernel, arch, dtype, M, N, R, masks=masks)
+    assert not kernels.tile(kernel, arch, dtype, M, N, R, tma=False, masks=masks).tma
     assert set(tile.options) == {"num_warps", "num_stages", "enable_fp_fusion"}
     how, why = kernels.strategy(arch, dtype, M, N, N, R)
     assert how in ("fused", "split")
@@ -134,7 +158,7 @@ def test_an_unknown_gpu_gets_the_defaults(M: int, N: int, R: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("kernel", ["expand", "dx"])
+@pytest.mark.parametrize("kernel", ["expand", "dx", "group_dx"])
 def test_large_16_bit_gemms_take_descriptors_from_hopper_on(kernel: str, arch: str) -> None:
     for dtype in (fp16, bf16):
         assert kernels.tile(kernel, arch, dtype, 513, 4096, 16).tma

@@ -191,9 +191,10 @@ def add_expand(
 def _dx_terms(
     dhs: Sequence[Tensor | None], as_: Sequence[Tensor | None], ps: Sequence[float], seeds: Tensor | None
 ) -> Terms:
-    """mask_i/(1−p_i) ⊙ (dh_i·a_i) of the members that have both."""
+    """mask_i/(1−p_i) ⊙ (dh_i·a_i) of the members that have both, the masked ones first."""
     both = [(i, dh, a.t()) for i, (dh, a) in enumerate(zip(dhs, as_, strict=True)) if dh is not None and a is not None]
     drops = masked(ps, seeds)
+    both.sort(key=lambda term: drops[term[0]] < 0)
     return Terms(
         [dh for _, dh, _ in both],
         [b for _, _, b in both],

@@ -23,7 +23,7 @@ class Terms:
     """What the prologue sums: mask_i ⊙ scale_i·(h_i·b_iᵀ), one a member of a group, or one with a lora_bias.
 
     hs: [M, R] fp32 each, bs: [N, R] each.   seeds: what masks are drawn from; drops: which of them each member's is,
-    −1 for none.   thresholds: of each mask.
+    −1 for none, and those behind the others.   thresholds: of each mask.
     """
 
     hs: Sequence[Tensor]
@@ -95,25 +95,24 @@ def _add_product(
 @triton.jit
 def _masked(
     term,
-    seed_ptr,
+    seed,
     offs_m,
     col_start,
-    scale,
     threshold,
     BY_HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """mask ⊙ scale·term.
+    """mask ⊙ term.
 
     BY_HALVES: at 128×256 on sm_90 the persistent kernel spills 8 bytes without it, the plain one 64 with it (Triton
     3.6.0, fp32 adapters).
     """
     if BY_HALVES:
-        kept = keep_by_halves(tl.load(seed_ptr), offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
+        kept = keep_by_halves(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
     else:
-        kept = keep(tl.load(seed_ptr), offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
-    return tl.where(kept, term * tl.cast(scale, tl.float32), 0.0)
+        kept = keep(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
+    return tl.where(kept, term, 0.0)
 
 
 @triton.jit
@@ -145,8 +144,9 @@ def low_rank_tile(
 ):
     """[BLOCK_M, BLOCK_N] of Σ mask ⊙ scale·(h·bᵀ) in fp32; rows past M and columns past N hold no NaN.
 
-    The masked members come first: the first of them is masked in the accumulator itself, each further one in a second
-    accumulator. A member without a mask (of several: without a scale) is added in place; a lora_bias is a single one's.
+    The masked members come first (see `Terms`): the first of them is masked in the accumulator itself, each further one
+    in a second accumulator. A member without a mask (of several: without a scale) is added in place; a lora_bias is a
+    single one's.
     """
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,25 +154,18 @@ def low_rank_tile(
     mask_n = offs_n < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(h_ptrs)):
+        term = acc if SEEDS[i] < 0 else tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        term = _add_product(
+            h_ptrs[i], b_ptrs[i], term, Rs[i], strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i],
+            offs_m, offs_n, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R,
+        )  # fmt: skip
+        if HAS_LORA_BIAS:
+            lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)
+            term += lora_bias.to(tl.float32)[None, :]
+        if SEEDS[i] >= 0 or len(h_ptrs) == 1:
+            term *= tl.cast(scales[i], tl.float32)
         if SEEDS[i] >= 0:
-            term = _add_product(
-                h_ptrs[i], b_ptrs[i], tl.zeros([BLOCK_M, BLOCK_N], tl.float32), Rs[i],
-                strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i],
-                offs_m, offs_n, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R,
-            )  # fmt: skip
-            acc += _masked(
-                term, seeds_ptr + SEEDS[i], offs_m, pid_n * BLOCK_N, scales[i], thresholds[i],
-                BY_HALVES, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-    for i in tl.static_range(len(h_ptrs)):
-        if SEEDS[i] < 0:
-            acc = _add_product(
-                h_ptrs[i], b_ptrs[i], acc, Rs[i], strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i],
-                offs_m, offs_n, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R,
-            )  # fmt: skip
-            if len(h_ptrs) == 1:
-                if HAS_LORA_BIAS:
-                    lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)
-                    acc += lora_bias.to(tl.float32)[None, :]
-                acc *= tl.cast(scales[0], tl.float32)
+            seed = tl.load(seeds_ptr + SEEDS[i])
+            term = _masked(term, seed, offs_m, pid_n * BLOCK_N, thresholds[i], BY_HALVES, BLOCK_M, BLOCK_N)
+        acc = acc + term if SEEDS[i] >= 0 and i > 0 else term
     return acc

@@ -5,6 +5,8 @@ db = dyᵀ·h). Both read their big operand `x` once, as it lies, and accumulate
 reading, each under a mask of its own: what is a tuple here has an element a factor.
 """
 
+# a tuple grows in the unrolled loops:
+# mypy: disable-error-code="assignment"
 from __future__ import annotations
 
 import triton
