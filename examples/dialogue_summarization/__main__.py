@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     parser.add_argument("--model", help="a causal or seq2seq LM, directory or hub id (default: both, pretrained here)")
     parser.add_argument("--data", type=Path, nargs="+", metavar="FILE", help="JSON lines of `dialogue` and `summary`")
-    parser.add_argument("--out", type=Path, default=Path("out/lab"), help="for everything (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="for everything (default: out/lab, with --quick out/lab-quick)")
     parser.add_argument("--quick", action="store_true", help="tiny bases and few steps, to see that it all runs")
     parser.add_argument("--only", metavar="ROW,…", help="these rows of the table, such as full,'lora all 16'")
     parser.add_argument(
@@ -81,6 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    args.out = args.out or Path("out/lab-quick" if args.quick else "out/lab")
     for name, value in (QUICK if args.quick else USUAL).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
