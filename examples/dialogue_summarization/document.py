@@ -19,10 +19,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the other examples,
 
 import plots
 from bootstrap import LEVEL, RESAMPLES
+from dialogues import SCENES
 from methods import DROPOUT
 from serving import NEW_TOKENS, REQUESTS
 from store import write_json
 from table import BASE, TITLES, Column, Line, cell, costs, lines, scored, size
+from tinybase import Size
 
 HERE = Path(__file__).resolve().parent
 TEXTS = ("texts", "references", "dialogue", "neighbours")
@@ -232,6 +234,8 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         "level": LEVEL,
         "resamples": f"{RESAMPLES:,}",
         "dropout": DROPOUT,
+        "width": Size().hidden,
+        "scenes": len(SCENES),
         "causal_size": f"{row[BASE].first['total']:,}",
         "seq2seq_size": f"{of['seq2seq'][0].first['total']:,}",
         "shots": table(shots, [*ROWS, *scored()]),
