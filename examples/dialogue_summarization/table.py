@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,27 +125,18 @@ def _seconds(value: float | None) -> str:
 
 def show(results: dict[str, Any]) -> str:
     """The table for a terminal."""
+
+    def short(measure: str, name: str) -> Column:
+        return name, lambda line: f"{line.score(measure).value:.3f}"
+
     columns: list[Column] = [("model", lambda line: line.model), ("row", lambda line: line.row)]
     columns += [("seeds", lambda line: str(len(line.cells))), *costs()]
-    columns += [(name, lambda line, m=measure: f"{line.score(m).value:.3f}") for measure, name in _short().items()]  # type: ignore[misc]
-    return aligned([name for name, _ in columns], [[make(line) for _, make in columns] for line in lines(results)])
-
-
-def _short() -> dict[str, str]:
-    return {
-        "loss": "loss",
-        "rouge1": "R-1",
-        "rouge2": "R-2",
-        "rougeL": "R-L",
-        "bleu": "BLEU",
-        "general right": "general",
-    }
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    columns += [short("loss", "loss"), short("rouge1", "R-1"), short("rouge2", "R-2"), short("rougeL", "R-L")]
+    columns += [short("bleu", "BLEU"), short("general right", "general")]
+    rows = [[name for name, _ in columns], *([make(line) for _, make in columns] for line in lines(results))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<<" + ">" * len(columns[2:])
     return "\n".join(
-        "   "
-        + "  ".join(f"{c:<{w}}" if i < 2 else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in (head, *rows)
+        "   " + "  ".join(f"{text:{side}{width}}" for text, side, width in zip(row, sides, widths, strict=True))
+        for row in rows
     )
