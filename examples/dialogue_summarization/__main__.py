@@ -36,7 +36,7 @@ from tinybase import Size, pretrain
 from transformers import set_seed
 
 QUICK = {"steps": 20, "base_steps": 150, "held_out": 16, "general": 8, "seeds": 2, "rounds": 3, "examples": 300}
-USUAL = {"steps": 400, "base_steps": 1000, "held_out": 200, "general": 100, "seeds": 3, "rounds": 25, "examples": 8000}
+USUAL = {"steps": 300, "base_steps": 1000, "held_out": 200, "general": 100, "seeds": 3, "rounds": 25, "examples": 8000}
 RATES = {"full": 1.5e-3, "lora": 4e-3, "prompt": 1e-1}
 GIVEN_RATES = {"full": 5e-5, "lora": 1e-3, "prompt": 1e-1}
 """For models that come pretrained."""
