@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the other examples,
 import plots
 from bootstrap import LEVEL, RESAMPLES
 from dialogues import SCENES
-from methods import DROPOUT
+from methods import DROPOUT, RANKS
 from serving import NEW_TOKENS, REQUESTS
 from store import write_json
 from table import BASE, TITLES, Column, Line, cell, costs, lines, scored, size
@@ -61,8 +62,9 @@ def stamp(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"{run['device']}, {run['cores']} cores shared with other jobs (load average {min(loads):.1f} "
-        f"to {max(loads):.1f}), {run['threads']} thread{'s' * (run['threads'] > 1)}: {len(cells)} cells in "
-        f"{wall / 60:.0f} minutes on the clock, {cpu / 60:.0f} of the processor. Commit {commits}; {versions}."
+        f"to {max(loads):.1f}), {run['threads']} thread{'s' * (run['threads'] > 1)} a process: bases and {len(cells)} cells "
+        f"took {cpu / 60:.0f} minutes of the processor; their clocks, beside those jobs and each other, add up to "
+        f"{wall / 60:.0f}. Commit {commits}; {versions}."
     )
 
 
@@ -119,9 +121,18 @@ def plateau(of: Iterable[Line], measure: str = "rougeL") -> tuple[int, bool]:
 def ranks(of: Sequence[Line]) -> str:
     said = []
     for targets, name in (("all-linear", "On all linear layers"), ("attention", "On attention alone")):
-        r, early = plateau(line for line in of if (line.first["kind"], line.first["targets"]) == ("lora", targets))
+        found = [line for line in of if (line.first["kind"], line.first["targets"]) == ("lora", targets)]
+        r, early = plateau(found)
         if early:
             said.append(f"{name} the plateau begins at **r = {r}**: no higher rank is better beyond doubt in {R_L}.")
+            here, highest = (next(line for line in found if line.first["r"] == rank) for rank in (r, max(RANKS)))
+            loss = highest.less(here, "rougeL")
+            if loss.high < 0:
+                said.append(
+                    f"The highest even loses ({cell(loss, sign='+')}). Alpha = 2r keeps the scaling while the product of "
+                    "the factors grows with the rank, so that at one learning rate a higher rank takes larger steps; we "
+                    "take that for the reason, and have not tried a lower rate."
+                )
         else:
             said.append(f"{name} there is no plateau: **r = {r}**, the highest, is better than every lower rank.")
     return " ".join(said)
@@ -190,7 +201,11 @@ def served(run: dict[str, Any]) -> Slots:
         "answers": markdown(
             ["adapter, and what it is asked for", R_L, "word for word"],
             [
-                [name, f"{a['rougeL']:.3f}", f"{a['exact']} of {found['same_tokens']['of']}"]
+                [
+                    name.replace("second", found["task"]),
+                    f"{a['rougeL']:.3f}",
+                    f"{a['exact']} of {found['same_tokens']['of']}",
+                ]
                 for name, a in found["answers"].items()
             ],
         ),
@@ -248,6 +263,7 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         "prompt_said": prompt_said(max(prompts, key=lambda line: line.score("rougeL").value), row["lora all 16"]),
         "both_said": both_said(row["lora all 16 + prompt 20"], row["lora all 16"]),
         "near_tokens": len(near["words"]),
+        "near_cosine": f"{sum(scores[0] for scores in near['scores']) / len(near['scores']):.3f}",
         "near_tight": f"{sum(near['tightness']) / len(near['tightness']):.3f}",
         "near_background": f"{near['background']:.3f}",
         "seq2seq_costs": table(trained["seq2seq"], [*ROWS, *costs()]),
@@ -261,13 +277,15 @@ def page(runs: dict[str, dict[str, Any]]) -> str:
         "real": real(runs["real"]) if "real" in runs else "",
         "stamp": stamp(run),
     }
-    return (HERE / "page.md").read_text("utf-8").format_map(slots)
+    return re.sub(r"\n{3,}", "\n\n", (HERE / "page.md").read_text("utf-8").format_map(slots))
 
 
 def keep(path: Path, folder: Path) -> None:
     """Take a run's results into the docs; of a file's dialogues only the figures."""
     run = json.loads(path.read_text("utf-8"))
     name = "real" if run["settings"]["data"] else "generated"
+    for extra in [c for c in run["cells"] if "neighbours" in c][1:]:
+        del extra["neighbours"]  # the page shows one prompt's
     if name == "real":
         run["cells"] = [{key: value for key, value in c.items() if key not in TEXTS} for c in run["cells"]]
     write_json(folder / f"{name}.json", run, separators=(",", ":"))

@@ -74,10 +74,16 @@ def rank(found: Sequence[Line], path: Path) -> Path | None:
             if of:
                 line = better(of, key=lambda line: line.score(measure).value)
                 label = {"shots": "base, zero-shot", "full": NAMES["full"]}.get(kind, "best soft prompt")
-                axis.axhline(line.score(measure).value, color=COLOURS[kind], linestyle="--", linewidth=1, label=label)
+                level = [line.score(measure).value] * 2
+                axis.plot(
+                    [min(ranks), max(ranks)], level, color=COLOURS[kind], linestyle="--", linewidth=1, label=label
+                )
         axis.set_xscale("log", base=2)
         axis.set_xticks(ranks, [str(r) for r in ranks])
         axis.set_ylabel(TITLES.get(measure, "loss a token, held out"))
+        if measure == "loss":
+            axis.set_yscale("log", base=2)
+            axis.yaxis.set_major_formatter("{x:g}")
     _legend(figure, axes)
     return _save(figure, path)
 
@@ -129,7 +135,7 @@ def bought(found: Sequence[Line], path: Path) -> Path | None:
         )
         axis.annotate(
             str(line.first["r"] or line.first["tokens"] or ""), (line.first["trainable"], score.value),
-            xytext=(4, 4), textcoords="offset points", fontsize=7, color=COLOURS[key],
+            xytext=(4, -9 if key == "attention" else 4), textcoords="offset points", fontsize=7, color=COLOURS[key],
         )  # fmt: skip
     base = next((line for line in found if line.row == BASE), None)
     if base:
@@ -153,7 +159,7 @@ def forgotten(found: Sequence[Line], path: Path) -> Path | None:
                       capsize=2, label="base, zero-shot" if key == "shots" else NAMES[key])  # fmt: skip
         axis.annotate(
             str(line.first["r"] or line.first["tokens"] or ""), (x.value, y.value),
-            xytext=(4, 4), textcoords="offset points", fontsize=7, color=COLOURS[key],
+            xytext=(4, -9 if key == "attention" else 4), textcoords="offset points", fontsize=7, color=COLOURS[key],
         )  # fmt: skip
     _legend(figure, [axis])
     return _save(figure, path)
