@@ -62,9 +62,9 @@ def stamp(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     return (
         f"{run['device']}, {run['cores']} cores shared with other jobs (load average {min(loads):.1f} "
-        f"to {max(loads):.1f}), {run['threads']} thread{'s' * (run['threads'] > 1)} a process: bases and {len(cells)} cells "
-        f"took {cpu / 60:.0f} minutes of the processor; their clocks, beside those jobs and each other, add up to "
-        f"{wall / 60:.0f}. Commit {commits}; {versions}."
+        f"to {max(loads):.1f}), {run['threads']} thread{'s' * (run['threads'] > 1)} a process: the bases and "
+        f"{len(cells)} cells took {cpu / 60:.0f} minutes of the processor; their clocks, beside those jobs and each "
+        f"other, add up to {wall / 60:.0f}. Commit {commits}; {versions}."
     )
 
 
@@ -129,9 +129,9 @@ def ranks(of: Sequence[Line]) -> str:
             loss = highest.less(here, "rougeL")
             if loss.high < 0:
                 said.append(
-                    f"The highest even loses ({cell(loss, sign='+')}). Alpha = 2r keeps the scaling while the product of "
-                    "the factors grows with the rank, so that at one learning rate a higher rank takes larger steps; we "
-                    "take that for the reason, and have not tried a lower rate."
+                    f"The highest even loses ({cell(loss, sign='+')}). Alpha = 2r keeps the scaling while the product "
+                    "of the factors grows with the rank, so that at one learning rate a higher rank takes larger "
+                    "steps; we take that for the reason, and have not tried a lower rate."
                 )
         else:
             said.append(f"{name} there is no plateau: **r = {r}**, the highest, is better than every lower rank.")
