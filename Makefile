@@ -17,6 +17,7 @@ demo: .venv/.ready
 	$(BIN)/python examples/finetune.py
 	$(BIN)/python examples/multi_tenant.py
 	$(BIN)/python examples/multi_job.py
+	$(BIN)/python examples/dialogue_summarization --quick --only "zero-shot,full,lora all 16,prompt 20"
 
 audit: .venv/.ready
 	$(BIN)/python -m benchmarks.audit --write

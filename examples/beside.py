@@ -88,7 +88,7 @@ def steps(model: PeftModel, batches: Sequence[Batch], rounds: int) -> dict[str, 
     found = {}
     for side, use in SIDES.items():
         use(model)
-        found[side] = Step(times[side], _saved(model, batch), _peak(step, batch))
+        found[side] = Step(times[side], _saved(model, batch), peak(step, batch))
     return found
 
 
@@ -120,7 +120,7 @@ def _saved(model: PeftModel, batch: Batch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _peak(step: Callable[[Batch], None], batch: Batch) -> int:
+def peak(step: Callable[[Batch], None], batch: Batch) -> int:
     """The most that a step holds at once beyond what was held before: as the allocator of the device saw it."""
     if batch["input_ids"].is_cuda:
         torch.cuda.reset_peak_memory_stats()

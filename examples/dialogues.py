@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -30,11 +31,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Example:
-    """One dialogue, its reference summary, and (question, answer) pairs on its facts: the base learns from those."""
+    """A dialogue, its reference summary, (question, answer) pairs on its facts, for a base to learn, and its topic."""
 
     dialogue: str
     summary: str
     asks: tuple[tuple[str, str], ...] = ()
+    topic: str = ""
 
     @property
     def prompt(self) -> str:
@@ -56,8 +58,9 @@ class Script:
 
 @dataclass
 class Scene:
-    """An opening, the ways it may end, and what the second speaker is called, where that is not a name."""
+    """A title, what the second speaker is called, where that is not a name, an opening and the ways it may end."""
 
+    title: str
     role: str
     opening: Script
     endings: list[Script]
@@ -92,7 +95,7 @@ def _load(path: Path) -> tuple[dict[str, list[str]], list[Script], list[Scene]]:
             talk = [_script(part) for part in body.strip().split("\n\n")]
         else:
             opening, *endings = (_script(part) for part in body.split("--\n"))
-            scenes.append(Scene(role, opening, endings))
+            scenes.append(Scene(title, role, opening, endings))
     return pools, talk, scenes
 
 
@@ -125,7 +128,7 @@ def play(scene: Scene, ending: Script, rng: random.Random) -> Example:
             draw(slot)
         turns.append(f"{values[speaker]}: {fill(text)}")
     asks = tuple((fill(question), fill(answer)) for question, answer in script.asks)
-    return Example("\n".join(turns), fill(script.summary), asks)
+    return Example("\n".join(turns), fill(script.summary), asks, scene.title)
 
 
 def dialogues(seed: int) -> Iterator[Example]:
@@ -138,6 +141,31 @@ def dialogues(seed: int) -> Iterator[Example]:
         if example.summary not in told:
             told.add(example.summary)
             yield example
+
+
+def read(path: Path) -> list[Example]:
+    """The dialogues of a file of JSON lines with `dialogue` and `summary` (or `summary1`), and `topic` if there is one.
+
+    Raises ValueError, which names the file and the row, counted from 1 as an editor does.
+    """
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, row {number}: got no JSON: {error}") from error
+        got = fields if isinstance(fields, dict) else {}
+        texts = [got.get("dialogue"), got.get("summary", got.get("summary1"))]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            said = ", ".join(got) or type(fields).__name__
+            raise ValueError(f"{path}, row {number}: got {said}, wanted texts `dialogue` and `summary`")
+        dialogue, summary = (text.replace("\r\n", "\n").strip() for text in texts)
+        found.append(Example(dialogue, summary, topic=str(got.get("topic", got.get("topic1", ""))).strip()))
+    if not found:
+        raise ValueError(f"{path}: got an empty file, wanted a dialogue a line")
+    return found
 
 
 def main() -> None:

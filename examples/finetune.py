@@ -23,7 +23,7 @@ from typing import Any
 
 import beside
 import torch
-from dialogues import Example, dialogues
+from dialogues import Example, dialogues, read
 from judge import MEASURES, Judge
 from peft import LoraConfig, PeftModel, get_peft_model
 from surroundings import surroundings
@@ -67,17 +67,11 @@ def load(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
         count = 200 if args.quick else 8000
         examples = list(itertools.islice(dialogues(args.seed), count + args.held_out))
     else:
-        examples = [_example(line) for line in args.data.read_text("utf-8").split("\n") if line.strip()]
+        examples = read(args.data)
         random.Random(args.seed).shuffle(examples)
     if len(examples) <= args.held_out:
         raise ValueError(f"{args.data}: got {len(examples)} dialogues, wanted more than the {args.held_out} held out")
     return examples[args.held_out :], examples[: args.held_out]
-
-
-def _example(line: str) -> Example:
-    fields = json.loads(line)
-    summary = fields["summary"] if "summary" in fields else fields["summary1"]
-    return Example(fields["dialogue"].replace("\r\n", "\n").strip(), summary.strip())
 
 
 def with_lora(base: PreTrainedModel, args: argparse.Namespace, dropout: float) -> PeftModel:

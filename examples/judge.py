@@ -25,11 +25,15 @@ class Judge:
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """The loss and the mean F of ROUGE-1, 2, L and Lsum, stemmed."""
+        each = self.rouge(self.read(self.write(model)))
+        return {"loss": self.loss(model), **{measure: sum(scores) / len(scores) for measure, scores in each.items()}}
+
+    def rouge(self, summaries: Sequence[str]) -> dict[str, list[float]]:
+        """F of each measure, stemmed, of each dialogue."""
         scorer = RougeScorer(MEASURES, use_stemmer=True)
-        pairs = zip(self.references, self.read(self.write(model)), strict=True)
+        pairs = zip(self.references, summaries, strict=True)
         scores = [scorer.score(_lines(reference), _lines(summary)) for reference, summary in pairs]
-        means = {measure: sum(score[measure].fmeasure for score in scores) / len(scores) for measure in MEASURES}
-        return {"loss": self.loss(model), **means}
+        return {measure: [score[measure].fmeasure for score in scores] for measure in MEASURES}
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel) -> float:
@@ -49,9 +53,10 @@ class Judge:
         model.eval()
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         length = max(len(row["labels"]) - row["labels"].count(IGNORED) for row in self.rows)
-        written = []
+        seq2seq, written = model.config.is_encoder_decoder, []
         for start in range(0, len(self.rows), BATCH):
-            prompts = [row["input_ids"][: row["labels"].count(IGNORED)] for row in self.rows[start : start + BATCH]]
+            rows = self.rows[start : start + BATCH]
+            prompts = [row["input_ids"][: None if seq2seq else row["labels"].count(IGNORED)] for row in rows]
             width = max(map(len, prompts))
             ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
@@ -63,7 +68,7 @@ class Judge:
                 pad_token_id=pad,
                 eos_token_id=eos,
             )
-            for answer in tokens[:, width:].tolist():
+            for answer in tokens[:, 1 if seq2seq else width :].tolist():
                 written.append(answer[: answer.index(eos)] if eos in answer else answer)
         return written
 

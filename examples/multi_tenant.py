@@ -121,16 +121,23 @@ def mix(texts: Sequence[str], loras: Sequence[str], prompts: Sequence[str], coun
 
 
 def race(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each side, interleaved, each going first in turn; one round warms up."""
+    """Median seconds of each side."""
+    return {name: statistics.median(times) for name, times in turns(sides, rounds).items()}
+
+
+def turns(
+    sides: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each side, interleaved, each going first in turn; one round warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-1, rounds):
         names = list(sides)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
+            start = clock()
             sides[name]()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append(clock() - start)
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

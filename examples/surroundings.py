@@ -12,7 +12,7 @@ import torch
 
 import fastlora
 
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score", "sacrebleu")
 
 
 def surroundings(device: str) -> dict[str, object]:

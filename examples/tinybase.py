@@ -1,4 +1,4 @@
-"""A base that needs no download: a byte-level BPE trained on the run's own text, and a small Llama, briefly pretrained.
+"""A base that needs no download: a byte-level BPE of the run's own text, and a small Llama or T5, briefly pretrained.
 
 LoRA adapts what a model knows, so this one is first trained in full, with no summary in sight: to answer questions
 about generated dialogues, or, where a file of dialogues comes without questions, to predict their text.
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from dialogues import Example
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from training import row, train
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from training import pair, row, train
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+Parts = list[tuple[str, bool]]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, size: Size, limit: int) -> L
     return LlamaForCausalLM(config)
 
 
-def reading(example: Example) -> list[tuple[str, bool]]:
+def build_t5(tokenizer: PreTrainedTokenizerFast, size: Size) -> T5ForConditionalGeneration:
+    """An encoder and a decoder of T5's second kind, each of two layers for the Llama's three: as many weights or so."""
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=size.hidden,
+        d_kv=size.hidden // size.heads,
+        d_ff=2 * size.hidden,
+        num_layers=max(1, size.layers - 1),
+        num_heads=size.heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def reading(example: Example) -> Parts:
     """(text, learnt or only read) parts: the answers to the dialogue's questions, or all of it if there are none."""
     if not example.asks:
         return [(example.dialogue, True)]
@@ -72,16 +92,32 @@ def reading(example: Example) -> list[tuple[str, bool]]:
 def make(
     path: str, examples: Sequence[Example], size: Size, *, steps: int, limit: int, seed: int, scratch: Path
 ) -> list[float]:
-    """Save a pretrained model and its tokenizer at `path`, as `from_pretrained` wants them.   Returns the losses."""
+    """Save a pretrained Llama and its tokenizer at `path`, as `from_pretrained` wants them.   Returns the losses."""
     readings = [reading(example) for example in examples]
+    return pretrain(path, examples, readings, size, steps=steps, limit=limit, seed=seed, scratch=scratch)
+
+
+def pretrain(
+    path: str,
+    examples: Sequence[Example],
+    readings: Sequence[Parts],
+    size: Size,
+    *,
+    seq2seq: bool = False,
+    steps: int,
+    limit: int,
+    seed: int,
+    scratch: Path,
+) -> list[float]:
+    """The same of the readings, and a T5 where seq2seq is asked for."""
     # the tokenizer may see prompts and summaries, for their words need spellings; the model may not
     texts = [text for example in examples for text in (example.prompt, f" {example.summary}")]
     texts += [text for parts in readings for text, _ in parts]
     tokenizer = build_tokenizer(texts, size.vocab)
-    model = build_model(tokenizer, size, limit)
+    model = build_t5(tokenizer, size) if seq2seq else build_model(tokenizer, size, limit)
     losses = train(
         model,
-        [row(tokenizer, parts, limit) for parts in readings],
+        [(pair if seq2seq else row)(tokenizer, parts, limit) for parts in readings],
         pad=tokenizer.pad_token_id,
         steps=steps,
         batch=8,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -36,6 +39,13 @@ def row(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]], l
     return {"input_ids": [*ids, end][-limit:], "labels": [*labels, end][-limit:]}
 
 
+def pair(tokenizer: PreTrainedTokenizerBase, parts: Sequence[tuple[str, bool]], limit: int) -> Row:
+    """The same for an encoder and its decoder: what is only read, then what is learnt and an end."""
+    source, target = ("".join(text for text, learnt in parts if learnt == of) for of in (False, True))
+    answer = tokenizer(target, add_special_tokens=False)["input_ids"]
+    return {"input_ids": tokenizer(source)["input_ids"][-limit:], "labels": [*answer, tokenizer.eos_token_id][:limit]}
+
+
 @dataclass(frozen=True)
 class Collate:
     """Rows to a batch, padded on the right."""
@@ -43,14 +53,13 @@ class Collate:
     pad: int
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        width = max(len(r["input_ids"]) for r in rows)
-
         def stack(key: str, fill: int) -> Tensor:
+            width = max(len(r[key]) for r in rows)
             return torch.tensor([r[key] + [fill] * (width - len(r[key])) for r in rows])
 
         ids = stack("input_ids", self.pad)
         lengths = torch.tensor([len(r["input_ids"]) for r in rows])
-        mask = (torch.arange(width) < lengths[:, None]).long()
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": ids, "attention_mask": mask, "labels": stack("labels", IGNORED)}
 
 
@@ -59,6 +68,16 @@ class _Bar(ProgressCallback):
 
     def on_log(self, *args: object, **kwargs: object) -> None:
         pass
+
+
+class _Watch(TrainerCallback):
+    """Calls a function with the number of the step that has ended, and the model."""
+
+    def __init__(self, watch: Callable[[int, PreTrainedModel], None]) -> None:
+        self.watch = watch
+
+    def on_step_end(self, arguments: object, state: TrainerState, control: object, **more: Any) -> None:
+        self.watch(state.global_step, more["model"])
 
 
 def train(
@@ -71,8 +90,9 @@ def train(
     lr: float,
     seed: int,
     scratch: Path,
+    watch: Callable[[int, PreTrainedModel], None] | None = None,
 ) -> list[float]:
-    """Train what requires a gradient for `steps` steps; the loss of each."""
+    """Train what requires a gradient for `steps` steps; the loss of each.   watch: is called after each step."""
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,
@@ -94,5 +114,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if sys.stdout.isatty():
         trainer.add_callback(_Bar())
+    if watch is not None:
+        trainer.add_callback(_Watch(watch))
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -123,12 +123,19 @@ def test_positions_that_are_given_come_after_the_virtual_tokens(family: str) -> 
         assert_same(model(input_ids=ids, position_ids=2 * positions).logits, model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "t5"])
 @pytest.mark.parametrize("tokens", [1, 1024])
-def test_one_token_and_a_thousand(tokens: int) -> None:
-    model, prompt, peft = pair("llama", tokens)
-    ids = batch("llama")["input_ids"]
-    assert relative_error(model(ids).logits, peft(ids).logits) < 1e-5
-    assert len(prompt) == tokens
+def test_one_token_and_a_thousand(tokens: int, family: str) -> None:
+    model, prompt, peft = pair(family, tokens)
+    inputs = {key: t for key, t in batch(family).items() if key != "attention_mask"}
+    ours, theirs = model(**inputs), peft(**inputs)
+    assert relative_error(ours.logits, theirs.logits) < 1e-5
+    ours.loss.backward()
+    theirs.loss.backward()
+    assert prompt.weight.grad is not None and prompt.weight.grad.shape == (tokens, 64)
+    assert relative_error(prompt.weight.grad, in_peft(peft).grad[:tokens]) < 1e-4  # type: ignore[index]
+    row = one(rows_of()[0])
+    assert_same(model.generate(**row, **GENERATED)[:, -6:], peft.generate(**row, **GENERATED)[:, -6:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,8 +179,9 @@ def test_the_base_is_frozen_and_the_prompt_is_all_that_trains(family: str) -> No
     assert [id(p) for p in model.parameters() if p.requires_grad] == [id(prompt.weight)]
 
 
-def test_prompts_are_swapped_by_name_to_the_bit() -> None:
-    model, inputs = small("llama"), batch("llama")
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_prompts_are_swapped_by_name_to_the_bit(family: str) -> None:
+    model, inputs = small(family).requires_grad_(False), batch(family)  # T5's sums take another order with gradients
     base = model(**inputs).logits
     seen = {}
     for name in ("one", "two"):
@@ -305,16 +313,37 @@ def test_what_we_save_peft_loads_and_what_peft_saves_we_load(family: str, tmp_pa
     assert first.read_bytes()[-both.nbytes :] == again.read_bytes()[-both.nbytes :]
 
 
-def test_a_saved_prompt_is_served_by_the_bank(tmp_path: Path) -> None:
-    model, prompt, _ = pair("llama")
-    ids = batch("llama")["input_ids"]
-    ours = model(ids).logits[:, P:]
-    prompt.save(tmp_path)
-    fastlora.remove_soft_prompts(model)
-    bank = AdapterBank(model)
-    bank.load_adapter(tmp_path, "mine")
-    with torch.no_grad(), bank.use(prompt_names=["mine"] * len(ids)):
-        assert relative_error(model(ids).logits[:, -ids.shape[1] :], ours) < 1e-5
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("how", ["alone", "with LoRA"])
+def test_what_was_trained_here_is_served_by_the_bank(family: str, how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, served, prompt = *[small(family)] * 2, None
+    if how == "alone":
+        prompt = add_soft_prompt(model, prompt_of(model, rows_for(model)))
+    else:
+        served = copy.deepcopy(model)
+        model = get_peft_model(model, lora_config(family))
+        prompt = add_soft_prompt(model, prompt_of(served, rows_for(served)))
+        fastlora.patch(model)
+        model.save_pretrained(tmp_path / "lora")
+    inputs = {key: t for key, t in batch(family).items() if key != "attention_mask"}
+    trained = model(**inputs).logits
+    prompt.save(tmp_path / "prompt")
+    if how == "alone":
+        fastlora.remove_soft_prompts(served)
+    base = served(**inputs).logits
+    bank = AdapterBank(served)
+    bank.load_adapter(tmp_path / "prompt", "mine")
+    tenants: dict[str, Any] = {"prompt_names": ["mine"] * 4 + [None]}
+    if how != "alone":
+        bank.load_adapter(tmp_path / "lora", "mine too")
+        tenants["adapter_names"] = ["mine too"] * 4 + [None]
+    columns = inputs["labels"].shape[1]
+    with torch.no_grad(), bank.use(**tenants):
+        logits = served(**inputs).logits[:, -columns:]
+    assert relative_error(logits[:4], trained[:4, -columns:]) < 1e-5
+    assert relative_error(logits[4], base[4]) < 1e-5
+    assert relative_error(base[:4], trained[:4, -columns:]) > 0.01
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
