@@ -273,7 +273,7 @@ def exact_backward(
 def test_group_linear(mix: str, Rs: tuple[int, ...], ps: tuple[float, ...], how: str, device: str) -> None:
     g = group(mix, Rs, device, ps, sizes=(M, 71), Ns=ODD_NS)
     ys, h = forward(g, how)
-    hs = columns(h, g.of("a"))
+    hs, lows = columns(h, g.of("a")), []
     for i, (t, y, scale, p, seed) in enumerate(zip(g.members, ys, g.scales, g.ps, g.seeds, strict=True)):
         results = []
         for module, wide in YARDS:
@@ -283,7 +283,8 @@ def test_group_linear(mix: str, Rs: tuple[int, ...], ps: tuple[float, ...], how:
         peft, twin, exact = results
         assert y.dtype == t.x.dtype and y.shape == (M, ODD_NS[i])
         assert_close(y, peft[0], exact[0], f"y of member {i}")
-        hold(hs[i], peft[1], twin[1], exact[1], f"h of member {i}")
+        lows.append((hs[i], peft[1], twin[1], exact[1]))
+    hold(*(torch.cat(parts, 1) for parts in zip(*lows, strict=True)), "h")
 
 
 @pytest.mark.parametrize("how", ["fused", "split"])

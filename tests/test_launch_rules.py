@@ -109,7 +109,8 @@ def test_pieces(main: torch.dtype, factor: torch.dtype, out: torch.dtype, counts
 
 TABLES = sorted(Path(inspect.getfile(kernels)).with_name("tables").glob("*.json"))
 GROUPS = ["group_shrink", "group_dy", "group_x", "group_dx", "group_add"]
-KERNELS = ["shrink", "expand", "add", "dy", "x", "dx", *GROUPS, "multi_shrink", "multi_expand", "multi_linear"]
+MANY = ["multi_shrink", "multi_expand", "multi_linear", "multi_outer"]
+KERNELS = ["shrink", "expand", "add", "dy", "x", "dx", *GROUPS, "glu", "glu_backward", *MANY]
 BOUNDS = {"max_M", "max_N", "max_K", "max_R", "max_masks", "dtype"}
 
 
@@ -119,12 +120,13 @@ def test_tables_answer_every_shape(path: Path) -> None:
     table = json.loads(path.read_text())
     assert set(table["tiles"]) == set(KERNELS)
     for rows in (*table["tiles"].values(), table["strategy"]):
-        assert all("source" in row for row in rows)
+        assert all(row["source"] in ("predicted", "measured") for row in rows)
         assert not BOUNDS & set(rows[-1])
-    for rows in table["tiles"].values():
+    for kernel, rows in table["tiles"].items():
+        least = 1 if kernel in ("glu", "glu_backward") else 16  # no matmul there
         for row in rows:
             tile = kernels.Tile(**row["tile"])
-            assert all(size >= 16 and size & (size - 1) == 0 for size in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K))
+            assert all(size >= least and size & (size - 1) == 0 for size in (tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_K))
             assert tile.tma or not tile.specialize, "only the persistent form has warps for loads alone"
     for kernel, rows in table["tiles"].items():
         assert kernel in ("expand", "dx", "group_dx") or not any("tma" in row["tile"] for row in rows)

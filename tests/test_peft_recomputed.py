@@ -29,11 +29,13 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora import ops
+from fastlora.peft import gated
 
 
 @pytest.fixture(autouse=True)
 def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)  # MLPs as one have tests of their own
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

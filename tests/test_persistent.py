@@ -171,7 +171,7 @@ def test_the_table_names_another_tile_for_what_runs_plain(
 ) -> None:
     asked: list[bool] = []
 
-    def tile(*_: Any, tma: bool = True) -> Tile:
+    def tile(kernel: str, arch: str, dtype: Any, M: int, N: int, R: int, tma: bool = True, masks: int = 0) -> Tile:
         asked.append(tma)
         return replace(described(7), tma=tma)
 
