@@ -18,6 +18,7 @@ HEAD = """# Benchmarks
 Written by `python -m benchmarks report` from `benchmarks/results/`; no figure here is typed by hand. Times are medians
 of interleaved rounds with cold caches, of results that passed the tolerance policy in the same run. *Ratio* is a time
 over another's in the same run, case by case: the median over the cases, and in brackets the worst. Below 1 is faster.
+Each is first taken over the frozen layer's time in its own round, so that what slows the whole machine drops out.
 """
 
 TARGETS = {  # beside PEFT on a CPU: of which records, median, worst   (issue "The measuring bench", §4)
@@ -32,10 +33,17 @@ MIXED = {"llama 4x512 batch 32x1 distinct 32 r16 qv": 1.35, "llama 4x512 batch 3
 
 
 def ratios(records: list[Record], of: str, to: str) -> dict[Record, float]:
-    """Time of `of` over time of `to`, for each case that both ran."""
-    others = {(r.suite, r.case, r.pass_): r.median_ms for r in records if r.impl == to}
-    mine = [r for r in records if r.impl == of and (r.suite, r.case, r.pass_) in others]
-    return {r: r.median_ms / others[r.suite, r.case, r.pass_] for r in mine}
+    """Time of `of` over time of `to`, for each case that both ran: each over the frozen layer's, where that ran too."""
+    others = {(r.suite, r.case, r.pass_): r for r in records if r.impl == to}
+    pairs = [
+        (r, others[r.suite, r.case, r.pass_]) for r in records if r.impl == of and (r.suite, r.case, r.pass_) in others
+    ]
+    return {
+        r: r.ratio_to_frozen / other.ratio_to_frozen
+        if r.ratio_to_frozen and other.ratio_to_frozen
+        else r.median_ms / other.median_ms
+        for r, other in pairs
+    }
 
 
 def _cell(found: Iterable[float | None]) -> str:
