@@ -103,13 +103,11 @@ def measure(case: Case, bench: Bench) -> Found:
         except AssertionError as refusal:
             found.refused.append(f"{case.name} {impl}: {first_line(refusal)}")
             del sides[impl]
-    step = _step(model, _tokens(case, bench.machine.device))
-
-    def ready(use: Callable[[PeftModel], None]) -> None:
-        use(model)
-        step()  # what a side finds out in its first step, it knows in all that follow
-
-    entries = [Entry(impl, "step", lambda _: step(), lambda use=use: ready(use), False) for impl, use in sides.items()]
+    tokens, entries = _tokens(case, bench.machine.device), []
+    for impl, use in sides.items():  # a model each: nobody is patched between two steps
+        own = copy.deepcopy(model)
+        use(own)
+        entries.append(Entry(impl, "step", _step(own, tokens), capture=False))
     times = race(entries, bench.rounds, bench.machine.flush)
     M = case.size.batch * case.size.tokens
     subject = Subject("step", case.name, M, 0, 0, RANK, case.dtype, case.adapter_dtype, case.p)
@@ -141,12 +139,12 @@ def _tokens(case: Case, device: torch.device) -> Tensor:
     return torch.randint(case.size.vocab, (case.size.batch, case.size.tokens), device=device)
 
 
-def _step(model: PeftModel, tokens: Tensor) -> Callable[[], None]:
+def _step(model: PeftModel, tokens: Tensor) -> Callable[[object], None]:
     """Forward, backward and the optimizer, whose learning rate of zero leaves the model as it was."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0, weight_decay=0.0)
 
-    def step() -> None:
+    def step(_: object) -> None:
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
