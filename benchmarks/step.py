@@ -106,8 +106,8 @@ def measure(case: Case, bench: Bench) -> Found:
     tokens, entries = _tokens(case, bench.machine.device), []
     for impl, use in sides.items():  # a model each: nobody is patched between two steps
         own = copy.deepcopy(model)
-        use(own)
         entries.append(Entry(impl, "step", _step(own, tokens), capture=False))
+        use(own)
     times = race(entries, bench.rounds, bench.machine.flush)
     M = case.size.batch * case.size.tokens
     subject = Subject("step", case.name, M, 0, 0, RANK, case.dtype, case.adapter_dtype, case.p)
