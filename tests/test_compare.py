@@ -128,8 +128,11 @@ def test_report_says_what_the_records_say(tmp_path: Path) -> None:
 
 
 def test_report_says_where_a_target_is_missed() -> None:
-    slow = [replace(r, median_ms=r.median_ms * 2) if (r.impl, r.M, r.R) == ("fastlora", 16, 8) else r for r in run_of()]
-    assert "0.80 (1.60), not reached; beyond: q M16 r8 forward 1.60" in report.verdicts(slow)
+    found = run_of()
+    at = next(i for i, r in enumerate(found) if (r.impl, r.M, r.R) == ("fastlora", 16, 8))
+    before = found[at]
+    found[at] = replace(before, median_ms=before.median_ms * 2, ratio_to_frozen=before.ratio_to_frozen * 2)
+    assert "0.80 (1.60), not reached; beyond: q M16 r8 forward 1.60" in report.verdicts(found)
 
 
 def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
