@@ -121,6 +121,7 @@ def test_tables_answer_every_shape(path: Path) -> None:
     assert set(table["tiles"]) == set(KERNELS)
     for rows in (*table["tiles"].values(), table["strategy"]):
         assert all(row["source"] in ("predicted", "measured") for row in rows)
+        assert all(row["why"] for row in table["strategy"])
         assert not BOUNDS & set(rows[-1])
     for kernel, rows in table["tiles"].items():
         least = 1 if kernel in ("glu", "glu_backward") else 16  # no matmul there

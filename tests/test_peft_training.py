@@ -72,7 +72,7 @@ def test_with_dropout_the_losses_have_pefts_distribution() -> None:
     plain, actual = late_losses(model, inputs), late_losses(ours, inputs)
     assert not torch.equal(plain, actual), "our masks are PEFT's: is it patched?"
     assert max(apart(actual, plain)) < 4
-    for wrong in (0.0, 0.8):
+    for wrong in (0.0, 0.6):
         for layer in lora_layers(ours).values():
             layer.lora_dropout["default"].p = wrong
         assert apart(late_losses(ours, inputs), plain)[0] > 8, f"this test cannot tell p = {wrong} from p = 0.4"
