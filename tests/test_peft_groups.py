@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import random
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +330,26 @@ def test_members_without_the_active_adapter_stay_in_the_group() -> None:
     assert calls.call_count == 2
 
 
+@pytest.fixture
+def _no_collector() -> Iterator[None]:
+    """Only reference counts free what is gone, as they do for a plain PEFT model."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("family", ["llama", "t5", "gpt2"])
+def test_a_patched_model_goes_when_nobody_holds_it(family: str) -> None:
+    model = peft_model(family)
+    fastlora.patch(model)
+    layers = [weakref.ref(layer) for layer in lora_layers(model).values()]
+    del model
+    assert [layer() for layer in layers] == [None] * len(layers)
+
+
+@pytest.mark.usefixtures("_no_collector")
 def test_merging_for_good_leaves_nothing_of_ours() -> None:
     model, inputs = peft_model(), batch()
     fastlora.patch(model)

@@ -8,7 +8,7 @@ one, and erf's is another.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,13 @@ class Structure(NamedTuple):
         return self.gate, self.up, self.down
 
 
+class _Proxy(fx.Proxy):
+    """A value that nobody iterates over: fx would read the caller's frame and keep it, and with it the whole model."""
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        raise ValueError("it unpacks a value, as where gate and up are one layer")
+
+
 class _Tracer(fx.Tracer):
     """Every child is a leaf; grad mode and autocast, which leave no trace in a graph, must stay as they were."""
 
@@ -50,6 +57,9 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
@@ -99,6 +109,8 @@ def _match(module: nn.Module) -> Structure | str | None:
         graph = tracer.trace(module)
     except Exception as error:  # a forward may do anything with a value that is no tensor
         return f"its forward cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    finally:
+        vars(tracer).clear()  # fx's closures keep it until a collection, and it keeps the module
     if not any(_product(node) for node in graph.nodes):
         return None
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
