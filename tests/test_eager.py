@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from tolerance import assert_same
+from torch import Tensor
 
 from fastlora.eager import FEW_ELEMENTS, dropped, holes
 from fastlora.functional import lora_linear
@@ -48,16 +49,36 @@ def test_empty_and_tiny() -> None:
     assert len(holes(torch.tensor(1), 1, 1, 1e-9)) == 0
 
 
+def seeds(count: int) -> Tensor:
+    """As `draw_seed` draws them."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=torch.Generator().manual_seed(7))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.001, 0.3, 0.5, 0.999])
-def test_few_elements_are_drawn_bit_by_bit(p: float) -> None:
-    """Over many seeds: each element is dropped at the rate p, of 16 bits, and no two of them together more often."""
-    M, K, seeds = 3, 5, 6000
-    gone = torch.stack([dropped(torch.tensor(s), M, K, p) for s in range(seeds)]).double()
-    bound = 5 * math.sqrt(max(p * (1 - p), 1e-4) / seeds)
-    assert gone.shape == (seeds, M * K) and bool(((gone.mean(0) - p).abs() < bound + 2**-16).all())
+def test_few_elements_are_dropped_apart(p: float) -> None:
+    """Over many seeds: each element is dropped at the rate p, of 16 bits, and no two or three together more often."""
+    M, K, draws = 3, 5, 6000
+    gone = torch.stack([dropped(seed, M, K, p) for seed in seeds(draws)]).double()
+    variance = p * (1 - p)
+    bound = 5 * math.sqrt(max(variance, 1e-4) / draws)
+    assert gone.shape == (draws, M * K) and bool(((gone.mean(0) - p).abs() < bound + 2**-16).all())
     z = gone - gone.mean(0)
-    together = (z.t() @ z / seeds).fill_diagonal_(0).abs()
-    assert float(together.max()) < 5 * max(p * (1 - p), 1e-2) / math.sqrt(seeds)
+    pairs = torch.einsum("si,sj->ij", z, z) / draws
+    assert float(pairs.fill_diagonal_(0).abs().max()) < 5 * max(variance, 1e-2) / math.sqrt(draws)
+    triples = torch.einsum("si,sj,sk->ijk", z, z, z) / draws
+    apart = torch.tensor([[[len({i, j, k}) == 3 for k in range(M * K)] for j in range(M * K)] for i in range(M * K)])
+    assert float(triples[apart].abs().max()) < 5 * max(variance, 1e-2) ** 1.5 / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
+def test_how_many_of_few_are_dropped(p: float) -> None:
+    """In a mask as large as they get, and in its rows: the mean and the spread of a binomial count."""
+    M, K, draws = FEW_ELEMENTS // 512, 512, 400
+    counts = torch.stack([dropped(seed, M, K, p).view(M, K).sum(1) for seed in seeds(draws)]).double()
+    for got, size in ((counts.sum(1), M * K), (counts.view(-1), K)):
+        variance, n = size * p * (1 - p), len(got)
+        assert abs(float(got.mean()) - size * p) < 5 * math.sqrt(variance / n)
+        assert abs(float(got.var()) / variance - 1) < 5 * math.sqrt(2 / n)
 
 
 def test_which_form_depends_on_the_size_alone() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastlora.functional import draw_seed, lora_linear
-from fastlora.functional.rules import draw_number
 
 MIXES = {
     "fp32": (torch.float32, torch.float32),
@@ -52,16 +51,17 @@ def calls(run: Any) -> Counter[str]:
 @pytest.mark.parametrize("M", [1, 4, 16])
 @pytest.mark.parametrize("mix", MIXES)
 def test_a_training_step_makes_few_calls(mix: str, M: int) -> None:
-    """Eight products, dy scaled, two sums in place, two views; x and dy cast where dtypes are mixed.
+    """Eight products, dy scaled, three views; where dtypes are mixed x twice, y and dy cast, y copied, dx summed.
 
-    Dropout adds a seed, its number, the mask in either pass, and what it is laid on: x in either pass, and dh·a.
+    Dropout adds a seed, the mask's two calls in either pass, and what it is laid on: x in either pass, and dh·a; laying
+    it on x is its cast. Of fewer than 4 rows, dx is a sum then.
     """
     t = operands(mix, M)
-    casts = 3 if mix == "bf16+fp32" else 0
-    assert sum(calls(lambda: step(t, 0.0)).values()) <= 8 + 1 + 2 + 2 + casts
-    assert sum(calls(lambda: step(t, 0.1)).values()) <= 8 + 1 + 2 + 2 + casts + 2 + 2 + 3
+    mixed = mix == "bf16+fp32"
+    assert sum(calls(lambda: step(t, 0.0)).values()) <= 8 + 1 + 3 + 6 * mixed
+    assert sum(calls(lambda: step(t, 0.1)).values()) <= 8 + 1 + 3 + 6 * mixed + 1 + 2 * 2 + 3 - 2 * mixed + (M < 4)
     with torch.no_grad():
-        assert sum(calls(lambda: lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0)).values()) <= 5
+        assert sum(calls(lambda: lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0)).values()) <= 4 + 3 * mixed
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -80,20 +80,10 @@ def test_the_op_gives_the_same_bits(mix: str, p: float, size: tuple[int, int]) -
         assert_same(left, right)
 
 
-def test_the_seed_is_the_one_that_the_op_draws() -> None:
-    for seed in range(20):
-        torch.manual_seed(seed)
-        number = draw_number()
-        after = torch.get_rng_state()
-        torch.manual_seed(seed)
-        assert number == int(draw_seed(torch.zeros(1)))
-        assert_same(after, torch.get_rng_state())
-
-
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_few_rows_save_h_at_the_most(mix: str, p: float) -> None:
-    """Beyond x and the weights, M·R elements: the seed is a number, and there is neither a mask nor a dropped x."""
+    """Beyond x and the weights, M·R elements: the 8-byte seed is held beside; there is no mask and no dropped x."""
     M, R = 16, 4
     t, kept = operands(mix, M), []
     with torch.autograd.graph.saved_tensors_hooks(lambda s: kept.append(s) or s, lambda s: s):

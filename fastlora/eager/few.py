@@ -6,16 +6,20 @@ dtype, and is not yet divided by 1−p: every product of it brings that along in
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora.eager.dropout import FEW_ELEMENTS, bits
 from fastlora.eager.thin import wide_dtype
-from fastlora.reference import dropout_scale
 
 FEW_INPUTS = 2**16
 """M·K up to which calls cost more than arithmetic where nothing is dropped."""
+
+GEMM_ROWS = 4
+"""M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
 
 
 def applies(like: Tensor, size: int, p: float) -> bool:
@@ -30,7 +34,7 @@ def forward(
     a: Tensor,
     b: Tensor,
     lora_bias: Tensor | None,
-    seed: int | None,
+    seed: Tensor | None,
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -43,20 +47,25 @@ def forward(
 
 
 def add_update_(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor | None, seed: int | None, scale: float, p: float
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, lora_bias: Tensor | None, seed: Tensor | None, scale: float, p: float
 ) -> Tensor:
     """y += scale·drop(x)·aᵀ·bᵀ + scale·lora_bias in place, rounded once.   Returns h."""
-    given, grow = x, 1.0
+    grow = 1.0
     if not x.dtype is a.dtype is b.dtype:
         wide = wide_dtype(x)
-        x, a, b = _as(x, wide), _as(a, wide), _as(b, wide)
-    if seed is not None:
-        x, grow = _kept(x, bits(seed, x.shape[0], x.shape[1], p), given), dropout_scale(p)
-    h = linear(x, a)
-    if lora_bias is None:
-        y.add_(linear(h, b), alpha=scale * grow)
+        a, b = _as(a, wide), _as(b, wide)
+    if seed is None:
+        x = _as(x, a.dtype)
     else:
+        gone, grow = bits(seed, x.shape[0], x.shape[1], p)
+        x = _kept(x, gone, a.dtype)
+    h = linear(x, a)
+    if lora_bias is not None:
         y.add_(torch.addmm(lora_bias.to(b.dtype), h, b.t(), alpha=grow), alpha=scale)
+    elif y.dtype is h.dtype:
+        y.addmm_(h, b.t(), alpha=scale * grow)
+    else:
+        y.copy_(y.to(h.dtype).addmm_(h, b.t(), alpha=scale * grow))
     return h
 
 
@@ -67,7 +76,7 @@ def backward(
     a: Tensor,
     b: Tensor,
     h: Tensor | None,
-    seed: int | None,
+    seed: Tensor | None,
     scale: float,
     p: float,
     want_dx: bool,
@@ -80,28 +89,33 @@ def backward(
         dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
     dx = da = db = gone = None
-    given = x
     d, a_dtype, b_dtype = dy, a.dtype, b.dtype
     if mixed := not dy.dtype is a_dtype is b_dtype:
         wide = wide_dtype(dy)
         d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
-        x = _as(x, wide) if x is not None and want_da else None
     if seed is not None:
-        scale *= dropout_scale(p)
-        if want_dx or want_da:
-            gone = bits(seed, dy.shape[0], a.shape[1], p)
+        gone, grow = bits(seed, dy.shape[0], a.shape[1], p)
+        scale *= grow
     d = d * scale  # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
     if want_db and h is not None:
         db = d.t().mm(_as(h, b.dtype))
     if want_dx or want_da:
         dh = d.mm(b)
     if want_da and x is not None:
-        da = dh.t().mm(x if gone is None else _kept(x, gone, given))
+        da = dh.t().mm(_as(x, dh.dtype) if gone is None else _kept(x, gone, dh.dtype))
     if want_dx:
-        dx = dh.mm(a)
-        if gone is not None:
-            dx.masked_fill_(gone, 0)
-        dx = dy.mm(w).add_(dx) if w is not None else _as(dx, dy.dtype)
+        if gone is None and w is not None and dh.dtype is dy.dtype:
+            dx = dy.mm(w).addmm_(dh, a)
+        else:
+            dx = dh.mm(a)
+            if gone is not None:
+                dx.masked_fill_(gone, 0)
+            if w is None:
+                dx = _as(dx, dy.dtype)
+            elif dx.dtype is dy.dtype and dy.shape[0] >= GEMM_ROWS:
+                dx.addmm_(dy, w)
+            else:
+                dx = dy.mm(w).add_(dx)
     if mixed:
         da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
     return dx, da, db
@@ -112,6 +126,12 @@ def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)
 
 
-def _kept(x: Tensor, gone: Tensor, given: Tensor | None) -> Tensor:
-    """x without what is gone, in place where x is a cast of the one that was given."""
-    return x.masked_fill(gone, 0) if x is given else x.masked_fill_(gone, 0)
+def _kept(x: Tensor, gone: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype no narrower than its own, without what is gone."""
+    return torch.where(gone, _zero(dtype), x)
+
+
+@lru_cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    """[1], so that x takes its dtype; a number would be made a tensor by every call, and cast."""
+    return torch.zeros(1, dtype=dtype, device="cpu")

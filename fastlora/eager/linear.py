@@ -28,7 +28,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
     if few.applies(x, x.numel(), p if seed is not None else 0.0):
-        y, h = few.forward(x, w, bias, a, b, lora_bias, _number(seed), scale, p)
+        y, h = few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)
         return y, h.to(wide_dtype(x))
     y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
@@ -50,7 +50,7 @@ def lora_update(
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
     if few.applies(x, x.numel(), p if seed is not None else 0.0):
-        h = few.add_update_(out, x, a, b, lora_bias, _number(seed), scale, p)
+        h = few.add_update_(out, x, a, b, lora_bias, seed, scale, p)
         return out.to(dtype), h.to(wide_dtype(x))
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
@@ -77,7 +77,7 @@ def lora_backward(
     """
     M, K = dy.shape[0], a.shape[1]
     if few.applies(dy, M * K, p if seed is not None else 0.0):
-        return few.backward(dy, x, w, a, b, h, _number(seed), scale, p, want_dx, want_da, want_db)
+        return few.backward(dy, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
     thin = thin_dtype(dy, b)
     dy_thin, b_thin = dy.to(thin), b.to(thin)
     dx = da = db = None
@@ -105,7 +105,3 @@ def lora_backward(
         if base is not None:
             flat[gone] = base
     return dx, da, db
-
-
-def _number(seed: Tensor | None) -> int | None:
-    return None if seed is None else int(seed)

@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from fastlora import dispatch, ops
 from fastlora.checks import check_linear, check_update
 from fastlora.functional.rules import (
-    draw_number,
     draw_seed,
     face,
     fold,
@@ -123,7 +122,7 @@ class _LoRAUpdate(torch.autograd.Function):
 class _FewRows(torch.autograd.Function):
     """The rule of `_LoRALinear` where few rows meet a frozen base on a CPU: what autograd is told of costs time there.
 
-    So it is told of x, a and b alone, and keeps the seed as a number.
+    So it is told of x, a and b alone, and keeps the seed as an attribute.
     """
 
     @staticmethod
@@ -140,8 +139,7 @@ class _FewRows(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if not (opaque(dy, "torch") or torch.is_autocast_enabled("cpu")):
             return *ops.few.backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs), None
-        seed = None if ctx.seed is None else torch.tensor(ctx.seed)
-        grads = iter(torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, seed, ctx.scale, ctx.p, *needs, "torch"))
+        grads = iter(torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs, "torch"))
         return *(next(grads) if need else None for need in needs), None
 
 
@@ -202,12 +200,11 @@ def lora_linear(
     p = dropout_p if training else 0.0
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_of(x, backend)
-    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias, p):
-        number = draw_number() if p > 0 else None
-        if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
-            return _FewRows.apply(x, lora_A, lora_B, (weight, bias, lora_bias, number, scale, p))
-        return ops.few.forward(x, weight, bias, lora_A, lora_B, lora_bias, number, scale, p)[0]
     seed = draw_seed(x) if p > 0 else None
+    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias, p):
+        if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
+            return _FewRows.apply(x, lora_A, lora_B, (weight, bias, lora_bias, seed, scale, p))
+        return ops.few.forward(x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p)[0]
     return _run(
         "lora_linear", _LoRALinear,
         x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p, where,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -16,19 +15,6 @@ def draw_seed(x: Tensor, *shape: int) -> Tensor:
     """Int64 dropout seeds, one unless a shape is given, from torch's generator of x's device, drawn outside the ops:
     checkpointing, manual_seed, torch.compile and CUDA-graph replay then see ordinary random numbers."""
     return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=x.device)
-
-
-class _Scratch(threading.local):
-    def __init__(self) -> None:
-        self.seed = torch.zeros((), dtype=torch.int64, device="cpu")
-
-
-_scratch = _Scratch()
-
-
-def draw_number() -> int:
-    """What `draw_seed` would have drawn on a CPU, as a number, in half the time."""
-    return int(_scratch.seed.random_(-(2**63), 2**63 - 1))
 
 
 def opaque(x: Tensor, backend: str) -> bool:
