@@ -56,7 +56,11 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(layers.IMPLS)}")
     parser.add_argument("--plugin", action="append", default=[], metavar="MODULE:FUNCTION", help="one more; see above")
-    parser.add_argument("--rounds", type=_positive, help=f"timed rounds a case; by set {ROUNDS}")
+    parser.add_argument(
+        "--rounds",
+        type=_positive,
+        help=f"timed rounds a case, on a CPU up to ten times as many of short ones; by set {ROUNDS}",
+    )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="when to stop, between two cases")
     parser.add_argument("--threads", type=_positive, help="of a CPU, each on a core of its own")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where SUITE.json goes; benchmarks/results/<device>")
@@ -137,7 +141,7 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
     found: list[records.Record] = []
     refused: list[str] = []
     cases = suite.cases(bench)
-    print(f"\n{name}: {len(cases)} cases, {bench.rounds} rounds\n{table.HEADER}")
+    print(f"\n{name}: {len(cases)} cases, {bench.rounds} rounds or more\n{table.HEADER}")
     for done, case in enumerate(cases):
         if done and deadline is not None and time.monotonic() > deadline:  # one case at the least
             print(f"{name}: out of time, {len(cases) - done} of {len(cases)} cases left out", file=sys.stderr)
