@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -246,9 +247,17 @@ def test_a_race_is_interleaved_and_its_order_changes() -> None:
     seen: list[str] = []
     entries = [Entry(name, "both", run=lambda _, name=name: seen.append(name)) for name in "abc"]
     times = clock.race(entries, rounds=4, flush=torch.ones(8))
-    assert {key: len(ms) for key, ms in times.items()} == {(name, "both"): 4 for name in "abc"}
+    assert {key: len(ms) for key, ms in times.items()} == {(name, "both"): 40 for name in "abc"}, "short: ten times 4"
     turns = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
+
+
+def test_rounds_end_when_they_have_taken_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry("one", "forward", run=lambda _: time.sleep(0.02))
+    for seconds, least, most in ((0.0, 4, 4), (0.3, 5, 15)):
+        monkeypatch.setattr(clock, "SETTLED", seconds)
+        (ms,) = clock.race([entry], rounds=4, flush=torch.ones(8)).values()
+        assert least <= len(ms) <= most
 
 
 def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
