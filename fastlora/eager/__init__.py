@@ -2,7 +2,7 @@
 
 What it saves over PEFT's formulation: the low-rank term lands in the base output in place (no M×N intermediate),
 products with fp32 adapters on a bf16 base run as one bf16 product of split factors, and dropout draws the gaps between
-dropped elements instead of one number an element.
+dropped elements instead of one number an element, or of few elements hashes one seed.
 """
 
 from fastlora.eager import few
