@@ -62,8 +62,9 @@ def _rounds(
 ) -> dict[tuple[str, str], list[float]]:
     """`rounds` of them, or up to ten times as many while they have not taken `seconds` together."""
     found: dict[tuple[str, str], list[float]] = {key: [] for key in ticks}
-    order, chance, start = list(ticks), random.Random(0), time.perf_counter()
+    order, chance = list(ticks), random.Random(0)
     with _no_collection():
+        start = time.perf_counter()
         for turn in range(-WARM_ROUNDS, 10 * rounds):
             if turn >= rounds and time.perf_counter() - start > seconds:
                 break

@@ -6,9 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -252,12 +252,21 @@ def test_a_race_is_interleaved_and_its_order_changes() -> None:
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
 
 
-def test_rounds_end_when_they_have_taken_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = Entry("one", "forward", run=lambda _: time.sleep(0.02))
-    for seconds, least, most in ((0.0, 4, 4), (0.3, 5, 15)):
-        monkeypatch.setattr(clock, "SETTLED", seconds)
-        (ms,) = clock.race([entry], rounds=4, flush=torch.ones(8)).values()
-        assert least <= len(ms) <= most
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 4), (0.35, 4), (0.75, 6), (100.0, 40)])
+def test_rounds_end_when_they_have_taken_long_enough(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int
+) -> None:
+    """Warm rounds count as time: two, and then 0.1 s a round."""
+    now = [0.0]
+
+    def run(_: Any) -> None:
+        now[0] += 0.1
+
+    clocks = SimpleNamespace(perf_counter=lambda: now[0], perf_counter_ns=lambda: int(now[0] * 1e9))
+    monkeypatch.setattr(clock, "time", clocks)
+    monkeypatch.setattr(clock, "SETTLED", seconds)
+    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=4, flush=torch.ones(8)).values()
+    assert len(ms) == rounds
 
 
 def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
