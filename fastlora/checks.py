@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as transformed
 
 from fastlora.reference import ACTIVATIONS, Projection
 
@@ -52,7 +53,15 @@ def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone."""
+    """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone.
+
+    Raises RuntimeError under torch.func's transforms, which need a rule of their own for every op.
+    """
+    if transformed():
+        raise RuntimeError(
+            "fastlora: torch.func (grad, vmap, jvp, …) does not see through the fused ops; fastlora.reference has the "
+            "same signatures in plain torch, and a layer that fastlora.patch took runs PEFT's own forward there"
+        )
     device = "cpu" if x.is_cpu else x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None

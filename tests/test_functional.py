@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -256,6 +257,23 @@ def test_second_derivative_raises_clearly(backend: str) -> None:
     (dx,) = torch.autograd.grad(ours(t, 0.0, backend).square().sum(), t["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         dx.sum().backward()
+
+
+def test_torch_func_is_refused_clearly_and_taken_by_the_reference() -> None:
+    def loss(op: Callable[..., Tensor], a: Tensor, x: Tensor, *rest: Tensor) -> Tensor:
+        weight, bias, b = rest
+        return op(x, weight, bias, a, b, 0.5, training=False).square().sum()
+
+    shapes = ((3, 8), (5, 8), (12, 8), (12,), (12, 3))
+    a, x, *rest = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    over_rows = (None, 0, None, None, None)
+    for transformed in (partial(torch.func.vmap, in_dims=over_rows), torch.func.grad):
+        with pytest.raises(RuntimeError, match=r"torch\.func .* does not see through the fused ops"):
+            transformed(partial(loss, lora_linear))(a, x, *rest)
+    by_row = torch.func.vmap(torch.func.grad(partial(loss, reference.lora_linear)), over_rows)(a, x, *rest)
+    a.requires_grad_()
+    for grad, row in zip(by_row, x, strict=True):
+        torch.testing.assert_close(grad, *torch.autograd.grad(loss(reference.lora_linear, a, row, *rest), a))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

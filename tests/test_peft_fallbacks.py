@@ -406,6 +406,29 @@ def test_xlora_still_knows_its_layers() -> None:
     )
 
 
+def test_torch_func_meets_pefts_forward() -> None:
+    """Gradients row by row, which torch.func takes through plain torch alone."""
+    model, inputs = peft_model(layers=1).eval(), batch()
+    ours = copy.deepcopy(model)
+    report = fastlora.patch(ours)
+
+    def by_row(model: nn.Module) -> dict[str, Tensor]:
+        def loss(trained: dict[str, Tensor], ids: Tensor) -> Tensor:
+            out: Tensor = torch.func.functional_call(
+                model, trained, (), {"input_ids": ids[None], "labels": ids[None]}
+            ).loss
+            return out
+
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(trained, inputs["input_ids"])
+
+    with counted() as calls:
+        actual, expected = by_row(ours), by_row(model)
+        assert calls == (0, 0) and len(report.patched) == 7
+    for name, grad in actual.items():
+        assert_same(grad, expected[name])
+
+
 def test_t5_reads_the_dtype_of_a_patched_layer() -> None:
     ours, _ = copies(peft_model("t5").to(torch.bfloat16))
     out = logits(ours, batch("t5"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from fastlora.checks import transformed
 from fastlora.dispatch import env
 from fastlora.modules import own
 
 PLAIN_BASES = (nn.Linear, Conv1D)
 PLAIN_TENSORS = (nn.Parameter, Tensor)
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _OUR_KWARGS = {"adapter_names", "alora_offsets"}
 
@@ -77,6 +80,8 @@ def judge(layer: Any) -> Plan | str:
         return "its forward was replaced on the instance"
     if _has_any_global_hook():
         return "global module hooks are registered"
+    if transformed():
+        return "torch.func does not see through fused ops"
     parts = layer._modules
     base = parts["base_layer"]
     weight: Tensor | None = None
@@ -115,8 +120,63 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
     return Adapter(a, b, layer.scaling[name], own(lora_B, "bias"), p, dropout.training)
 
 
+def _usual(layer: Any, x: Tensor) -> Plan | None:
+    """What `judge_call` says where one adapter meets a plain Linear and nobody watches: 25 µs of cold layers for 45.
+
+    It reads instance dicts, for a module's attribute costs three times as much.
+    """
+    here = layer.__dict__
+    name, parts = here.get("_active_adapter"), here["_modules"]
+    if type(name) is list and len(name) == 1:
+        (name,) = name
+    if type(name) is not str or name not in (lora_A := parts["lora_A"]._modules):
+        return None
+    base, A = parts["base_layer"], lora_A[name]
+    B, dropout = parts["lora_B"]._modules[name], parts["lora_dropout"]._modules[name]
+    in_base, in_A, in_B, in_dropout = base.__dict__, A.__dict__, B.__dict__, dropout.__dict__
+    if (
+        LIBRARY.get(type(layer)) != ""
+        or not type(base) is type(A) is type(B) is nn.Linear
+        or type(dropout) not in _DROPOUTS
+        or any(_HOOKS(in_base))
+        or any(_HOOKS(in_A))
+        or any(_HOOKS(in_B))
+        or any(_HOOKS(in_dropout))
+        or "forward" in in_base
+        or "forward" in in_A
+        or "forward" in in_B
+        or "forward" in in_dropout
+        or "forward" in here
+        or "_hf_tp_plan" in in_base
+        or here["merged_adapters"]
+        or here["lora_variant"]
+        or not here["cast_input_dtype_enabled"]
+        or _has_any_global_hook()
+        or transformed()
+    ):
+        return None
+    of_B = in_B["_parameters"]
+    weight, a, b = in_base["_parameters"].get("weight"), in_A["_parameters"].get("weight"), of_B.get("weight")
+    p = in_dropout["p"] if type(dropout) is nn.Dropout else 0.0
+    if (
+        type(x) in PLAIN_TENSORS
+        and type(weight) in PLAIN_TENSORS
+        and type(a) in PLAIN_TENSORS
+        and type(b) in PLAIN_TENSORS
+        and weight.dtype is x.dtype
+        and "bias" in of_B
+        and p < 1
+    ):
+        return Plan(base, weight, [Adapter(a, b, here["scaling"][name], of_B["bias"], p, in_dropout["training"])])
+    return None
+
+
 def judge_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
     """`judge` for one call of a layer whose adapters are enabled."""
+    if not (args or kwargs or torch.compiler.is_compiling()):
+        usual = _usual(layer, x)
+        if usual is not None:
+            return usual
     if kwargs and kwargs.get("adapter_names") is not None:
         return "a mixed batch (adapter_names)"
     plan = judge(layer)
