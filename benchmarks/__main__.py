@@ -141,7 +141,9 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
     found: list[records.Record] = []
     refused: list[str] = []
     cases = suite.cases(bench)
-    print(f"\n{name}: {len(cases)} cases, {bench.rounds} rounds or more\n{table.HEADER}")
+    print(
+        f"\n{name}: {len(cases)} cases, {bench.rounds} rounds, more of short calls, fewer of long ones\n{table.HEADER}"
+    )
     for done, case in enumerate(cases):
         if done and deadline is not None and time.monotonic() > deadline:  # one case at the least
             print(f"{name}: out of time, {len(cases) - done} of {len(cases)} cases left out", file=sys.stderr)

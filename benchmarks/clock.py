@@ -24,6 +24,11 @@ WARM_ROUNDS = 2
 SETTLED = 3.0
 """Seconds for which short rounds go on on a CPU, where calls below 1 ms scatter by a third; to ten times as many."""
 
+PATIENCE = 60.0
+"""Seconds after which a race is over, with at least `LEAST` rounds: of calls that take seconds each."""
+
+LEAST = 5
+
 HOST_CALLS = 20
 """Calls to a sample of host time: microseconds each, and on a GPU fewer launches than its queue holds."""
 
@@ -60,20 +65,21 @@ def race_host(entries: Iterable[Entry], rounds: int, device: torch.device) -> di
 def _rounds(
     ticks: dict[tuple[str, str], Tick], rounds: int, seconds: float = 0.0
 ) -> dict[tuple[str, str], list[float]]:
-    """`rounds` of them, or up to ten times as many while they have not taken `seconds` together."""
+    """`rounds` of them, or up to ten times as many while they have not taken `seconds`; fewer where patience ends."""
     found: dict[tuple[str, str], list[float]] = {key: [] for key in ticks}
     order, chance = list(ticks), random.Random(0)
     with _no_collection():
         start = time.perf_counter()
         for turn in range(-WARM_ROUNDS, 10 * rounds):
-            if turn >= rounds and time.perf_counter() - start > seconds:
+            taken = time.perf_counter() - start
+            if (turn >= rounds and taken > seconds) or (turn >= LEAST and taken > PATIENCE):
                 break
             # nobody often follows the same neighbour: behind one that frees 12 MiB a call took a quarter longer
             chance.shuffle(order)
             for key in order:
-                taken = ticks[key]()
+                tick = ticks[key]()
                 if turn >= 0:
-                    found[key].append(taken * 1e3)
+                    found[key].append(tick * 1e3)
     return found
 
 

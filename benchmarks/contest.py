@@ -73,7 +73,10 @@ def record(
     floor = times.get((FLOOR, key[1]))
     p20, median, p80 = ms.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
     roof = None
-    rate = machine.ceilings.matmul_tflop_s.get(subject.dtype)
+    rates = machine.ceilings.matmul_tflop_s
+    rate = rates.get(subject.dtype)
+    if rate is not None:  # 16 bits may be multiplied in fp32, where a machine is faster at it
+        rate = max(rate, rates.get("fp32", 0.0))
     if work is not None and rate is not None:
         roof = work.seconds(rate * 1e12, machine.ceilings.copy_gb_s * 1e9) * 1e3 / median
     return Record(

@@ -148,8 +148,9 @@ def _cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
+    """With its vector instructions: processors of one name have AVX2 or AVX512, and bf16 runs 500 times apart."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return found[1] if found else platform.machine()
+    return f"{found[1] if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def _driver() -> str | None:

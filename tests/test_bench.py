@@ -252,20 +252,23 @@ def test_a_race_is_interleaved_and_its_order_changes() -> None:
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 4), (0.35, 4), (0.75, 6), (100.0, 40)])
+@pytest.mark.parametrize(
+    ("seconds", "a_round", "asked", "rounds"),
+    [(0.0, 0.1, 4, 4), (0.35, 0.1, 4, 4), (0.75, 0.1, 4, 6), (50.0, 0.1, 4, 40), (0.0, 7.0, 20, 7), (0.0, 90.0, 20, 5)],
+)
 def test_rounds_end_when_they_have_taken_long_enough(
-    monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int
+    monkeypatch: pytest.MonkeyPatch, seconds: float, a_round: float, asked: int, rounds: int
 ) -> None:
-    """Warm rounds count as time: two, and then 0.1 s a round."""
+    """Warm rounds, two of them, count as time; a minute is enough."""
     now = [0.0]
 
     def run(_: Any) -> None:
-        now[0] += 0.1
+        now[0] += a_round
 
     clocks = SimpleNamespace(perf_counter=lambda: now[0], perf_counter_ns=lambda: int(now[0] * 1e9))
     monkeypatch.setattr(clock, "time", clocks)
     monkeypatch.setattr(clock, "SETTLED", seconds)
-    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=4, flush=torch.ones(8)).values()
+    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=asked, flush=torch.ones(8)).values()
     assert len(ms) == rounds
 
 

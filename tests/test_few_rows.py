@@ -11,6 +11,7 @@ from tolerance import assert_same
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fastlora.eager import base
 from fastlora.functional import draw_seed, lora_linear
 
 MIXES = {
@@ -50,12 +51,14 @@ def calls(run: Any) -> Counter[str]:
 
 @pytest.mark.parametrize("M", [1, 4, 16])
 @pytest.mark.parametrize("mix", MIXES)
-def test_a_training_step_makes_few_calls(mix: str, M: int) -> None:
+def test_a_training_step_makes_few_calls(mix: str, M: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight products, dy scaled, three views; where dtypes are mixed x twice, y and dy cast, y copied, dx summed.
 
+    So on a CPU that multiplies 16 bits; one that does not has bands of w to copy, which take longer than any call.
     Dropout adds a seed, the mask's two calls in either pass, and what it is laid on: x in either pass, and dh·a; laying
     it on x is its cast. Of fewer than 4 rows, dx is a sum then.
     """
+    monkeypatch.setattr(base, "_has_matmul", lambda dtype: True)
     t = operands(mix, M)
     mixed = mix == "bf16+fp32"
     assert sum(calls(lambda: step(t, 0.0)).values()) <= 8 + 1 + 3 + 6 * mixed

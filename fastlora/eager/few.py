@@ -1,7 +1,7 @@
 """One layer on so few elements that a call into torch (1 to 3 µs) costs more than its arithmetic: the fewest calls.
 
-Products with the adapter run in the operands' dtype where all have one, as plain torch's do, else in fp32. h has that
-dtype, and is not yet divided by 1−p: every product of it brings that along in its scale.
+Products with the adapter run in the operands' dtype where they and a matmul have it, else in fp32. h has that dtype,
+and is not yet divided by 1−p: every product of it brings that along in its scale.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from fastlora.eager.base import native, project, pull_back
 from fastlora.eager.dropout import FEW_ELEMENTS, bits
 from fastlora.eager.thin import wide_dtype
 
@@ -20,6 +21,9 @@ FEW_INPUTS = 2**16
 
 GEMM_ROWS = 4
 """M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
+
+WIDE_ROWS = 4
+"""M from which the factors repay their copies to fp32 on a CPU without a matmul of their 16 bits."""
 
 
 def applies(like: Tensor, size: int, p: float) -> bool:
@@ -39,7 +43,7 @@ def forward(
     p: float,
 ) -> tuple[Tensor, Tensor]:
     """y, h as `eager.lora_linear` has them, of x: [..., K]."""
-    y = linear(x, w, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
+    y = project(x, w, bias)
     if x.dim() == 2:
         return y, add_update_(y, x, a, b, lora_bias, seed, scale, p)
     rows = x.reshape(-1, x.shape[-1])
@@ -51,7 +55,7 @@ def add_update_(
 ) -> Tensor:
     """y += scale·drop(x)·aᵀ·bᵀ + scale·lora_bias in place, rounded once.   Returns h."""
     grow = 1.0
-    if not x.dtype is a.dtype is b.dtype:
+    if not _alike(x, a, b):
         wide = wide_dtype(x)
         a, b = _as(a, wide), _as(b, wide)
     if seed is None:
@@ -90,7 +94,7 @@ def backward(
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
     dx = da = db = gone = None
     d, a_dtype, b_dtype = dy, a.dtype, b.dtype
-    if mixed := not dy.dtype is a_dtype is b_dtype:
+    if mixed := not _alike(dy, a, b):
         wide = wide_dtype(dy)
         d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
     if seed is not None:
@@ -105,7 +109,7 @@ def backward(
         da = dh.t().mm(_as(x, dh.dtype) if gone is None else _kept(x, gone, dh.dtype))
     if want_dx:
         if gone is None and w is not None and dh.dtype is dy.dtype:
-            dx = dy.mm(w).addmm_(dh, a)
+            dx = pull_back((dy, w)).addmm_(dh, a)
         else:
             dx = dh.mm(a)
             if gone is not None:
@@ -115,10 +119,15 @@ def backward(
             elif dx.dtype is dy.dtype and dy.shape[0] >= GEMM_ROWS:
                 dx.addmm_(dy, w)
             else:
-                dx = dy.mm(w).add_(dx)
+                dx = pull_back((dy, w)).add_(dx)
     if mixed:
         da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
     return dx, da, db
+
+
+def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether products of rows: [M, ...] with the adapter run in the dtype of all three."""
+    return rows.dtype is a.dtype is b.dtype and (rows.shape[0] < WIDE_ROWS or native(rows))
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, linear, relu, silu
+from torch.nn.functional import gelu, relu, silu
 
+from fastlora.eager.base import project, pull_back
 from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.linear import lora_backward, lora_linear
 from fastlora.eager.thin import wide_dtype
@@ -68,8 +69,7 @@ def lora_gated(
     z = activate(g, activation).mul_(u)
     w, bias, a, b = ws[2], biases[2], as_[2], bs[2]
     if a is None or b is None:
-        y = linear(z, w, bias if bias is None else bias.to(z.dtype))
-        return y, g, u, h, z.new_empty((len(z), 0), dtype=wide_dtype(z))
+        return project(z, w, bias), g, u, h, z.new_empty((len(z), 0), dtype=wide_dtype(z))
     seed = seeds[2] if seeds is not None and ps[2] > 0 else None
     y, h_down = lora_linear(z, w, bias, a, b, lora_biases[2], seed, scales[2], ps[2])
     return y, g, u, h, h_down
@@ -109,7 +109,7 @@ def lora_gated_backward(
         seed = seeds[2] if seeds is not None and ps[2] > 0 else None
         dz, da, db = lora_backward(dy, z, w, a, b, h_down, seed, scales[2], ps[2], before, want_das[2], want_dbs[2])
     elif before and w is not None:
-        dz = torch.mm(dy, w)
+        dz = pull_back((dy, w))
     if not want_z:
         z = None  # its memory serves what follows
     das: list[Tensor | None] = [None, None]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from fastlora.eager.base import native, project, pull_back
 from fastlora.eager.dropout import holes
 from fastlora.eager.thin import add_low_rank_, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
@@ -58,8 +58,8 @@ def _drops(x: Tensor, gone: Sequence[Tensor | None], dtype: torch.dtype) -> Iter
 
 
 def _thin(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
-    """What the products with the adapters' factors run in: x's dtype where they all have it, fp32 otherwise."""
-    return x.dtype if all(f.dtype == x.dtype for f in factors) else wide_dtype(x)
+    """What the products with the adapters' factors run in: x's dtype where they and a matmul have it, else fp32."""
+    return x.dtype if native(x) and all(f.dtype == x.dtype for f in factors) else wide_dtype(x)
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -82,7 +82,7 @@ def lora_group(
     Returns ys: [M, N_i] in x's dtype, h: [M, ΣR] fp32, the members' side by side.
     """
     M, K = x.shape
-    ys = [linear(x, w, b if b is None else b.to(x.dtype)) for w, b in zip(ws, biases, strict=True)]
+    ys = [project(x, w, b) for w, b in zip(ws, biases, strict=True)]
     adapters, parts, gone = [a for a in as_ if a is not None], columns(as_), _gone(seeds, M, K, ps)
     thin = _thin(x, adapters)
     if adapters and all(positions is None for positions in gone) and all(len(a) % STACKED == 0 for a in adapters):
@@ -133,10 +133,8 @@ def lora_group_backward(
         _da(das, x, [term for term in terms if want_das[term.member]])
     dx: Tensor | None = None
     if want_dx:
-        for dy, w in zip(dys, ws, strict=True):
-            if dy is not None and w is not None:
-                dx = torch.mm(dy, w) if dx is None else dx.addmm_(dy, w)
-        dx = _add_dx_(like.new_zeros((M, K)) if dx is None else dx, terms)
+        layers = [(dy, w) for dy, w in zip(dys, ws, strict=True) if dy is not None and w is not None]
+        dx = _add_dx_(pull_back(*layers) if layers else like.new_zeros((M, K)), terms)
     return dx, das, dbs
 
 

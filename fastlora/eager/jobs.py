@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from fastlora.eager.base import project, pull_back
 from fastlora.eager.dropout import holes
 from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
@@ -124,7 +124,7 @@ def jobs_linear(
 
     Returns y: [M, N] in x's dtype, h: fp32, [M_j, R_j] of each job, flat and one after the other.
     """
-    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    y = project(x, w, bias)
     return y, _add_(y, x, as_, bs, lora_biases, seeds, jobs, scales, ps)
 
 
@@ -167,7 +167,7 @@ def jobs_backward(
     the elements of [N, R] and then of its lora_bias.
     """
     (M, N), K = dy.shape, as_[0].shape[1]
-    dx = (torch.mm(dy, w) if w is not None else dy.new_zeros((M, K))) if want_dx else None
+    dx = (pull_back((dy, w)) if w is not None else dy.new_zeros((M, K))) if want_dx else None
     a_ends, b_ends = [0], [0]
     for a, has_bias in zip(as_, biased, strict=True):
         a_ends.append(a_ends[-1] + len(a))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastlora.eager import few
+from fastlora.eager.base import project, pull_back
 from fastlora.eager.dropout import holes
 from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
@@ -30,7 +30,7 @@ def lora_linear(
     if few.applies(x, x.numel(), p if seed is not None else 0.0):
         y, h = few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)
         return y, h.to(wide_dtype(x))
-    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    y = project(x, w, bias)
     gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
     h = shrink(x, a, gone, p)
     return add_low_rank_(y, *with_bias(h, b, lora_bias), scale), h
@@ -98,7 +98,7 @@ def lora_backward(
         thin = thin_dtype(x, a)
         da = torch.addmm(a.to(thin), unscaled.to(thin).t(), drop(x, gone, thin), beta=0, alpha=scale).to(a.dtype)
     if want_dx:
-        dx = torch.mm(dy, w) if w is not None else dy.new_zeros((M, K))
+        dx = pull_back((dy, w)) if w is not None else dy.new_zeros((M, K))
         flat = dx.view(-1)
         base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
         add_low_rank_(dx, unscaled, a, scale)

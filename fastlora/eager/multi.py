@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.eager.base import native
+from fastlora.eager.thin import wide_dtype
+
 
 def multi_update_(
     ys: list[Tensor],
@@ -24,8 +27,8 @@ def multi_update_(
     B, K = len(a), x.shape[-1]
     mine = x if rows is None else x.reshape(requests, -1, K)[rows]
     tokens = mine.reshape(B, -1, K)  # one adapter for all makes one long row
-    if tokens.dtype != a.dtype:
-        thin = torch.promote_types(tokens.dtype, a.dtype)
+    if tokens.dtype != a.dtype or not native(tokens):
+        thin = torch.promote_types(wide_dtype(tokens), a.dtype)
         tokens, a = tokens.to(thin), a.to(thin)
     if tokens.shape[1] == 1:  # one token a request: 50 GB/s of factors this way round, 30 the other
         h = torch.bmm(a, tokens.transpose(1, 2)).transpose(1, 2)

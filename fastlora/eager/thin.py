@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlora.eager.base import native
 from fastlora.reference import dropout_scale
 
 FEW_PRODUCTS = 2**15
@@ -22,8 +23,8 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def thin_dtype(x: Tensor, f: Tensor) -> torch.dtype:
     """What a product with the adapter's factor f runs in: 16-bit operands of one dtype as they are, as plain torch
-    does, unless a handful; all else in fp32."""
-    if x.dtype != f.dtype or (f.numel() <= FEW_PRODUCTS and x.shape[0] <= 8):
+    does, unless a handful, or the CPU has no matmul of theirs; all else in fp32."""
+    if x.dtype != f.dtype or (f.numel() <= FEW_PRODUCTS and x.shape[0] <= 8) or not native(x):
         return wide_dtype(x)
     return x.dtype
 
@@ -55,7 +56,7 @@ def add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
         return y.addmm_(f, g.to(y.dtype), alpha=scale)
     if thin_dtype(y, g) == y.dtype:
         return y.addmm_(f.to(y.dtype), g, alpha=scale)
-    if y.dtype == torch.bfloat16 and y.numel() >= MANY_OUTPUTS and g.shape[0] <= 32:
+    if y.dtype == torch.bfloat16 and y.numel() >= MANY_OUTPUTS and g.shape[0] <= 32 and native(y):
         return y.addmm_(*split(f * scale, g))
     wide = wide_dtype(y)
     return y.copy_(torch.addmm(y.to(wide), f.to(wide), g.to(wide), alpha=scale))

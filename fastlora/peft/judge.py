@@ -9,10 +9,10 @@ import torch
 from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active as transformed
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.checks import transformed
 from fastlora.dispatch import env
 from fastlora.modules import own
 

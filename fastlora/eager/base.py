@@ -1,0 +1,69 @@
+"""The frozen layer's own products on a CPU, x·wᵀ and dy·w, in fp32 where it has no matmul of their 16 bits.
+
+Without AVX-512 torch multiplies bf16 and fp16 one by one: at M = 512, K = 1024, N = 2048 a forward takes 114 ms where
+fp32 takes 16, and a backward 2862 ms. There w is copied to fp32 a band at a time, and the sum is rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+WIDE_ROWS = 16
+"""M from which a forward repays the copy of w: with 8 rows both take 3 ms. A backward repays it from the first row."""
+
+BAND = 2**22
+"""Elements of w that are copied at once: 16 MiB."""
+
+
+@lru_cache
+def _has_matmul(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies dtype on this CPU."""
+    if dtype.itemsize != 2:
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
+
+
+def native(t: Tensor) -> bool:
+    """Whether products of t's dtype run in it at their speed; a GPU's do."""
+    return _has_matmul(t.dtype) or not t.is_cpu
+
+
+def _bands(w: Tensor) -> Iterator[slice]:
+    """Rows of w: [N, K] that are copied together."""
+    step = max(BAND // max(w.shape[1], 1), 1)
+    return (slice(start, start + step) for start in range(0, w.shape[0], step))
+
+
+def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """y = x·wᵀ + bias in x's dtype.   x: [..., K]."""
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
+    if native(x) or x.numel() < WIDE_ROWS * x.shape[-1]:
+        return linear(x, w, bias)
+    wide, y = x.float(), x.new_empty((*x.shape[:-1], w.shape[0]))
+    for band in _bands(w):
+        y[..., band] = linear(wide, w[band].float(), None if bias is None else bias[band].float())
+    return y
+
+
+def pull_back(*layers: tuple[Tensor, Tensor]) -> Tensor:
+    """dx = Σ dy·w over the layers' (dy: [M, N], w: [N, K]), one at least, in dy's dtype."""
+    (dy, w), *others = layers
+    if native(dy):
+        dx = dy.mm(w)
+        for dy, w in others:
+            dx.addmm_(dy, w)
+        return dx
+    wide = dy.new_zeros((dy.shape[0], w.shape[1]), dtype=torch.float32)
+    for dy, w in layers:
+        for band in _bands(w):
+            wide.addmm_(dy[:, band].float(), w[band].float())
+    return wide.to(dy.dtype)
