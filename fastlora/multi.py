@@ -264,8 +264,13 @@ class Group:
         if not args and not kwargs and self.fuses(x, batch):
             ys = self.fused(x, batch)
         else:
-            ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
-            self.add(ys, x, batch, list(indices))
+            h = self.begin(x, batch, list(indices))
+            try:
+                ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
+            finally:
+                if h is not None:
+                    ops.kernels.overlap.join(x)
+            self.add(ys, x, batch, list(indices), h)
         if len(ys) == 1:
             return ys[0]
         mine = ys[member]
@@ -297,11 +302,26 @@ class Group:
         )  # fmt: skip
         return ys
 
-    def add(self, ys: list[Tensor], x: Tensor, batch: Batch, members: list[int]) -> None:
-        """y += scaling·(x·aᵀ·bᵀ + lora_bias) in place, each request with its own adapter."""
+    def begin(self, x: Tensor, batch: Batch, members: list[int]) -> Tensor | None:
+        """`add`'s x·aᵀ on a second stream, beside the members' own matmuls; None where that is not worth it."""
+        if batch.width == 0 or x.numel() == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if dispatch.backend_of(x) != "triton":
+            return None
+        pick, routes = self._pick(members), batch.routes(x)
+        return ops.shrink_ahead(
+            x, self.a_pool[pick], self.tables.start, self.rank[pick], routes.order, routes.tiles, routes.counts,
+            batch.width,
+        )  # fmt: skip
+
+    def _pick(self, members: list[int]) -> slice:
+        """Of the pools: all members, or one."""
+        return slice(None) if len(members) == len(self.members) else slice(members[0], members[0] + 1)
+
+    def add(self, ys: list[Tensor], x: Tensor, batch: Batch, members: list[int], h: Tensor | None = None) -> None:
+        """y += scaling·(x·aᵀ·bᵀ + lora_bias) in place, each request with its own adapter.   h: what `begin` gave."""
         if batch.width == 0 or x.numel() == 0:
             return
-        whole = len(members) == len(self.members)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(y.requires_grad for y in ys))
         if needs_grad or dispatch.backend_of(x) == "torch":
             batch.share(x)
@@ -317,12 +337,13 @@ class Group:
                 ys = [ys[members.index(stacks.live[k])] for k in mine]
                 eager.multi_update_(ys, x, len(batch.slots), stacks.rows, a, bs, biases)
             return
-        pick = slice(None) if whole else slice(members[0], members[0] + 1)
-        routes = batch.routes(x)
-        torch.ops.fastlora.multi_update_(
-            ys, x, self.a_pool[pick], [self.b_pools[i] for i in members], self.tables.start, self.rank[pick],
-            self.scaling[pick], self.biased[pick], routes.order, routes.tiles, routes.counts, batch.width,
-        )  # fmt: skip
+        pick, routes = self._pick(members), batch.routes(x)
+        b_pools, start, rank = [self.b_pools[i] for i in members], self.tables.start, self.rank[pick]
+        how = self.scaling[pick], self.biased[pick], routes.order, routes.tiles, routes.counts
+        if h is not None:
+            ops.expand_behind_(ys, h, b_pools, start, rank, *how)
+        else:
+            torch.ops.fastlora.multi_update_(ys, x, self.a_pool[pick], b_pools, start, rank, *how, batch.width)
 
 
 @dataclass

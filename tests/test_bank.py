@@ -288,10 +288,12 @@ def test_launches_do_not_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_replays_with_other_adapters() -> None:
+@pytest.mark.parametrize("beside", [False, True], ids=["in turn", "shrink beside the base"])
+def test_a_captured_graph_replays_with_other_adapters(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured once over `prepare`'s buffers; more, fewer and other adapters replay to eager's own bits."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    monkeypatch.setattr(ops.kernels.overlap, "pays", lambda arch, what="da": beside)
     models = tenants_of(base_model().cuda(), "llama")
     bank = bank_with(models)
     inputs = {"input_ids": batch(rows=4, length=3)["input_ids"].cuda()}

@@ -96,6 +96,10 @@ def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatch.decide(x, 40, 4, "torch").why == "backend='torch' was asked for"
     monkeypatch.setattr(ops.library, "kernels", None)
     assert dispatch.decide(x, 40, 4).why == "triton is not installed"
+    monkeypatch.setattr(ops, "has_matmul", lambda dtype: dtype.itemsize > 2)
+    assert dispatch.decide(x, 40, 4).why == "triton is not installed"
+    assert dispatch.decide(x.bfloat16(), 40, 4).why.endswith("fp32, for this CPU has no matmul of bfloat16")
+    assert dispatch.decide(x, 40, 4, dtype=torch.float16).why.endswith("fp32, for this CPU has no matmul of float16")
     monkeypatch.undo()
     decision = dispatch.decide(x, 40, 4, "triton")
     assert decision.path == "triton" and decision.strategy in ("fused", "split") and decision.tile

@@ -23,7 +23,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def has_matmul(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Of 16 bits, whatever this machine has."""
     has: bool = request.param
-    monkeypatch.setattr(base, "_has_matmul", lambda dtype: has or dtype.itemsize > 2)
+    monkeypatch.setattr(base, "has_matmul", lambda dtype: has or dtype.itemsize > 2)
     return has
 
 

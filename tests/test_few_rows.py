@@ -58,7 +58,7 @@ def test_a_training_step_makes_few_calls(mix: str, M: int, monkeypatch: pytest.M
     Dropout adds a seed, the mask's two calls in either pass, and what it is laid on: x in either pass, and dh·a; laying
     it on x is its cast. Of fewer than 4 rows, dx is a sum then.
     """
-    monkeypatch.setattr(base, "_has_matmul", lambda dtype: True)
+    monkeypatch.setattr(base, "has_matmul", lambda dtype: True)
     t = operands(mix, M)
     mixed = mix == "bf16+fp32"
     assert sum(calls(lambda: step(t, 0.0)).values()) <= 8 + 1 + 3 + 6 * mixed

@@ -99,7 +99,7 @@ def test_output_and_every_gradient(
     backend: str, M: tuple[int, ...], matmul: bool, mix: str, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On torch of few elements, which run by fewer calls, and of many; on a CPU that multiplies 16 bits and one not."""
-    monkeypatch.setattr(base, "_has_matmul", lambda dtype: matmul or dtype.itemsize > 2)
+    monkeypatch.setattr(base, "has_matmul", lambda dtype: matmul or dtype.itemsize > 2)
     t = make(*MIXES[mix], M=M)
     dy = torch.randn(*t["x"].shape[:-1], 55).to(t["x"].dtype)
     mask = dropped_mask(t, p, backend, seed=11)

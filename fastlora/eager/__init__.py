@@ -1,8 +1,9 @@
 """The torch backend: every op in plain PyTorch operators, arranged for a CPU.
 
 What it saves over PEFT's formulation: the low-rank term lands in the base output in place (no M×N intermediate),
-products with fp32 adapters on a bf16 base run as one bf16 product of split factors, and dropout draws the gaps between
-dropped elements instead of one number an element, or of few elements hashes one seed.
+products with fp32 adapters on a bf16 base run as one bf16 product of split factors, dropout draws the gaps between
+dropped elements instead of one number an element, or of few elements hashes one seed, and a CPU without a matmul of 16
+bits gets products in fp32.
 """
 
 from fastlora.eager import few

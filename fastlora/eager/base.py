@@ -21,7 +21,7 @@ BAND = 2**22
 
 
 @lru_cache
-def _has_matmul(dtype: torch.dtype) -> bool:
+def has_matmul(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies dtype on this CPU."""
     if dtype.itemsize != 2:
         return True
@@ -33,7 +33,7 @@ def _has_matmul(dtype: torch.dtype) -> bool:
 
 def native(t: Tensor) -> bool:
     """Whether products of t's dtype run in it at their speed; a GPU's do."""
-    return _has_matmul(t.dtype) or not t.is_cpu
+    return has_matmul(t.dtype) or not t.is_cpu
 
 
 def _bands(w: Tensor) -> Iterator[slice]:

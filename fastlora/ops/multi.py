@@ -38,9 +38,40 @@ def multi_update_(
     scaling, biased: [members, G].   order, tiles, counts: the rows' routing.   width: at least the largest rank.
     """
     with plain(x):
-        routes = kernels.Routes(order, tiles, counts)
-        h = kernels.multi_shrink(rows_of(x), a_pool, start, rank, width, routes)
-        kernels.multi_expand([y.view(-1, y.shape[-1]) for y in ys], h, b_pools, start, rank, scaling, biased, routes)
+        h = kernels.multi_shrink(rows_of(x), a_pool, start, rank, width, kernels.Routes(order, tiles, counts))
+        expand_behind_(ys, h, b_pools, start, rank, scaling, biased, order, tiles, counts)
+
+
+def shrink_ahead(
+    x: Tensor, a_pool: Tensor, start: Tensor, rank: Tensor, order: Tensor, tiles: Tensor, counts: Tensor, width: int
+) -> Tensor | None:
+    """`multi_update_`'s h, begun on a second stream beside what is launched before `kernels.overlap.join`.
+
+    None where that is not worth it: outside of a CUDA graph's capture, or on a GPU whose table does not say so.
+    """
+    if not kernels.overlap.captured(x) or not kernels.overlap.pays(kernels.arch(x), "shrink"):
+        return None
+    with plain(x):
+        rows, routes = rows_of(x), kernels.Routes(order, tiles, counts)
+        h: Tensor = kernels.overlap.ahead(x, lambda: kernels.multi_shrink(rows, a_pool, start, rank, width, routes))
+    return h
+
+
+def expand_behind_(
+    ys: list[Tensor],
+    h: Tensor,
+    b_pools: list[Tensor],
+    start: Tensor,
+    rank: Tensor,
+    scaling: Tensor,
+    biased: Tensor,
+    order: Tensor,
+    tiles: Tensor,
+    counts: Tensor,
+) -> None:
+    """The other half of `multi_update_`, of its h."""
+    routes = kernels.Routes(order, tiles, counts)
+    kernels.multi_expand([y.view(-1, y.shape[-1]) for y in ys], h, b_pools, start, rank, scaling, biased, routes)
 
 
 @torch.library.register_fake("fastlora::multi_update_", lib=lib)

@@ -121,7 +121,7 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
 
 
 def _usual(layer: Any, x: Tensor) -> Plan | None:
-    """What `judge_call` says where one adapter meets a plain Linear and nobody watches: 25 µs of cold layers for 45.
+    """What `judge_call` says where one adapter meets a plain Linear and nobody watches: 30 µs of cold layers for 45.
 
     It reads instance dicts, for a module's attribute costs three times as much.
     """

@@ -1,5 +1,6 @@
 """Triton kernels of LoRA and their launchers: tensors in, tensors out. Knows no nn.Module, no autograd, no PEFT."""
 
+from fastlora_kernels import overlap
 from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dy_pass import dy_pass, group_dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand, group_add_dx, group_dx
@@ -50,6 +51,7 @@ __all__ = [
     "multi_linear",
     "multi_outer",
     "multi_shrink",
+    "overlap",
     "route",
     "shrink",
     "strategy",
