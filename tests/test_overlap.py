@@ -98,11 +98,12 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nn.Module, list[st
         done.append("fork")
         return make()
 
-    base, targets = base_model(layers=1), ["q_proj", "k_proj", "v_proj", "o_proj"]
-    bank = AdapterBank(copy.deepcopy(base), max_loras=2, max_total_rank=16, target_modules=targets)
+    model, targets = base_model(layers=1), ["q_proj", "k_proj", "v_proj", "o_proj"]
+    base = copy.deepcopy(model)
+    bank = AdapterBank(model, max_loras=2, max_total_rank=16, target_modules=targets)
     take(bank, "a", tenant(base, target_modules=targets))
     for name in targets:
-        layer = bank.model.get_submodule(f"model.layers.0.self_attn.{name}")
+        layer = model.get_submodule(f"model.layers.0.self_attn.{name}")
         layer.base_layer.register_forward_hook(lambda *_: done.append("base"))
     monkeypatch.setattr(dispatch.env, "backend", "triton")
     for name in ("multi_shrink", "multi_expand"):
@@ -112,7 +113,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[nn.Module, list[st
     monkeypatch.setattr(overlap, "ahead", ahead)
     monkeypatch.setattr(overlap, "join", lambda x: done.append("join"))
     with bank.use(["a", None, "a"]):
-        yield bank.model, done
+        yield model, done
 
 
 def test_a_serving_graph_shrinks_beside_the_base(

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 WIDE_ROWS = 16
-"""M from which a forward repays the copy of w: with 8 rows both take 3 ms. A backward repays it from the first row."""
+"""M from which a forward repays the copy of w: with 8 rows both take 3 ms."""
+
+WIDE_PRODUCTS = 2**14
+"""M·K·N from which a backward does: there both take 20 µs, whatever M is."""
 
 BAND = 2**22
 """Elements of w that are copied at once: 16 MiB."""
@@ -36,10 +39,18 @@ def native(t: Tensor) -> bool:
     return has_matmul(t.dtype) or not t.is_cpu
 
 
-def _bands(w: Tensor) -> Iterator[slice]:
+def _bands(w: Tensor) -> list[slice]:
     """Rows of w: [N, K] that are copied together."""
     step = max(BAND // max(w.shape[1], 1), 1)
-    return (slice(start, start + step) for start in range(0, w.shape[0], step))
+    return [slice(start, start + step) for start in range(0, max(w.shape[0], 1), step)]
+
+
+def _widened(dy: Tensor, w: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(dy, w) in fp32, band by band."""
+    bands = _bands(w)
+    if len(bands) == 1:
+        return iter([(dy.float(), w.float())])
+    return ((dy[:, band].float(), w[band].float()) for band in bands)
 
 
 def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,8 +59,11 @@ def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.to(x.dtype)
     if native(x) or x.numel() < WIDE_ROWS * x.shape[-1]:
         return linear(x, w, bias)
-    wide, y = x.float(), x.new_empty((*x.shape[:-1], w.shape[0]))
-    for band in _bands(w):
+    wide, bands = x.float(), _bands(w)
+    if len(bands) == 1:
+        return linear(wide, w.float(), None if bias is None else bias.float()).to(x.dtype)
+    y = x.new_empty((*x.shape[:-1], w.shape[0]))
+    for band in bands:
         y[..., band] = linear(wide, w[band].float(), None if bias is None else bias[band].float())
     return y
 
@@ -57,13 +71,13 @@ def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def pull_back(*layers: tuple[Tensor, Tensor]) -> Tensor:
     """dx = Σ dy·w over the layers' (dy: [M, N], w: [N, K]), one at least, in dy's dtype."""
     (dy, w), *others = layers
-    if native(dy):
+    if native(dy) or dy.numel() * w.shape[1] < WIDE_PRODUCTS:
         dx = dy.mm(w)
         for dy, w in others:
             dx.addmm_(dy, w)
         return dx
-    wide = dy.new_zeros((dy.shape[0], w.shape[1]), dtype=torch.float32)
-    for dy, w in layers:
-        for band in _bands(w):
-            wide.addmm_(dy[:, band].float(), w[band].float())
+    bands = (band for layer in layers for band in _widened(*layer))  # one copied at a time
+    wide = torch.mm(*next(bands))
+    for band in bands:
+        wide.addmm_(*band)
     return wide.to(dy.dtype)

@@ -22,8 +22,8 @@ FEW_INPUTS = 2**16
 GEMM_ROWS = 4
 """M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
 
-WIDE_ROWS = 4
-"""M from which the factors repay their copies to fp32 on a CPU without a matmul of their 16 bits."""
+WIDE_PRODUCTS = 2**15
+"""M·N·R from which the factors repay their copies to fp32 on a CPU without a matmul of their 16 bits."""
 
 
 def applies(like: Tensor, size: int, p: float) -> bool:
@@ -126,8 +126,10 @@ def backward(
 
 
 def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether products of rows: [M, ...] with the adapter run in the dtype of all three."""
-    return rows.dtype is a.dtype is b.dtype and (rows.shape[0] < WIDE_ROWS or native(rows))
+    """Whether products of rows, x or dy, with the adapter run in the dtype of all three."""
+    if not rows.dtype is a.dtype is b.dtype:
+        return False
+    return native(rows) or rows.numel() * a.shape[0] < WIDE_PRODUCTS
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
