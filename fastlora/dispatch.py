@@ -87,7 +87,7 @@ def decide(x: Tensor, N: int, R: int, asked: str | None = None, dtype: torch.dty
         else:
             why = ops.triton_unavailable(x) or "CPU tensors run on torch unless backend='triton' is asked for"
         if x.is_cpu and not ops.has_matmul(main):
-            why += f"; products run in fp32, for this CPU has no matmul of {str(main).removeprefix('torch.')}"
+            why += f"; large products run in fp32, for this CPU has no matmul of {str(main).removeprefix('torch.')}"
         return Decision("torch", None, None, why)
     M, K = x.numel() // max(x.shape[-1], 1), x.shape[-1]
     arch = ops.kernels.arch(x)
