@@ -15,8 +15,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 import fastlora
+from fastlora.eager.base import has_matmul
 
-M, K, HIDDEN, R, LAYERS = 1024, 512, 1536, 16, 4
+K, HIDDEN, R, LAYERS = 512, 1536, 16, 4
+M = 1024 if has_matmul(torch.bfloat16) else 256
+"""Where bf16 is multiplied one by one, the frozen model and PEFT take 30 s a step with 1024."""
 INPUTS, OUTPUTS = 6 * K + HIDDEN, 5 * K + 2 * HIDDEN
 """Features into and out of a layer's seven linears."""
 MIB = 2**20
@@ -25,6 +28,8 @@ H, MASK, GRADS = 4 * 7 * M * R * LAYERS, M * INPUTS // 8 * LAYERS, 4 * R * (INPU
 X = 2 * M * INPUTS * LAYERS
 """Bytes of bf16 x of every linear, and of those that the frozen layers have no need of: o's and down's."""
 X_OF_OURS = 2 * M * (K + HIDDEN) * LAYERS
+WIDE = 0 if has_matmul(torch.bfloat16) else 4 * (M * K + M * HIDDEN + K * HIDDEN)
+"""Bytes of one product's fp32 operands and result, where a CPU multiplies no bf16."""
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -72,6 +77,8 @@ def measure() -> dict[str, int]:
 def test_a_step_holds_no_more_than_the_frozen_models_but_for_h_and_masks() -> None:
     """Prediction beyond the frozen step: h 1.75 MiB, masks 2.25, gradients 2.6; less what a gated MLP computes again.
 
+    (Where bf16 is multiplied, that is; elsewhere with a quarter of the rows, and 5 MiB while a product runs in fp32.)
+
     In a process of its own, whose allocator gives every freed block of 64 KiB and more back at once.
     """
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -79,8 +86,8 @@ def test_a_step_holds_no_more_than_the_frozen_models_but_for_h_and_masks() -> No
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     extra = {name: bytes_ - found["frozen"] for name, bytes_ in found.items()}
-    assert extra["fastlora"] <= H + MASK + GRADS, {name: f"{v / MIB:.1f} MiB" for name, v in extra.items()}
-    assert extra["layer by layer"] <= H + MASK + GRADS + X_OF_OURS
+    assert extra["fastlora"] <= H + MASK + GRADS + WIDE, {name: f"{v / MIB:.1f} MiB" for name, v in extra.items()}
+    assert extra["layer by layer"] <= H + MASK + GRADS + WIDE + X_OF_OURS
     assert extra["peft"] > 2 * X, "this test cannot see what PEFT keeps"
 
 
