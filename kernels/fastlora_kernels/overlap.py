@@ -43,7 +43,7 @@ def captured(x: Tensor) -> bool:
 def ahead(x: Tensor, make: Callable[[], Tensor]) -> Tensor:
     """What `make` gives on the second stream of x's GPU, beside the current one's launches from here to `join`.
 
-    Its memory is the second stream's, where the next fork takes it, behind whatever the current one did with it by then.
+    Its memory is the second stream's: the next fork takes it, behind whatever the current one did with it by then.
     """
     main = torch.cuda.current_stream(x.device)
     second = _second(main.device_index, main.cuda_stream)
