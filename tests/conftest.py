@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterator
 
 import hypothesis
+import interpreting
 import pytest
 import torch
 from poison import poisoned
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are first imported
+    interpreting.remember_builtins()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
