@@ -44,7 +44,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="JSON lines with `dialogue` and `summary` (default: generated)")
     parser.add_argument("--out", type=Path, default=Path("out/finetune"), help="for adapter and report (%(default)s)")
     parser.add_argument("--steps", type=int, help="steps of the fine-tune (default: 400)")
-    parser.add_argument("--base-steps", type=int, help="steps that pretrain the small Llama (default: 1000)")
+    parser.add_argument("--base-steps", type=int, help="steps that pretrain the small Llama (default: 600)")
     parser.add_argument("--batch", type=int, default=8, help="dialogues a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, help="learning rate (default: 4e-3; 2e-4 with --model)")
     parser.add_argument("--r", type=int, default=16, help="rank; alpha is twice that (default: %(default)s)")
@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a tiny base and few steps, to see that it all runs")
     args = parser.parse_args(argv)
     args.steps = args.steps or (30 if args.quick else 400)
-    args.base_steps = args.base_steps or (30 if args.quick else 1000)
+    args.base_steps = args.base_steps or (30 if args.quick else 600)
     args.lr = args.lr or (2e-4 if args.model else 4e-3)
     args.held_out = args.held_out or (8 if args.quick else 64)
     return args

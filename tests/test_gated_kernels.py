@@ -47,8 +47,8 @@ def plain_backward(g: Tensor, u: Tensor, dz: Tensor, activation: str) -> tuple[T
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("R", [1, 7, 33, 200])
 @pytest.mark.parametrize("mix", ["fp32", "bf16", "bf16+fp32", "fp16+fp32"])
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_z_and_h_in_one_pass(activation: str, mix: str, R: int, p: float, device: str) -> None:
+def test_z_and_h_in_one_pass(mix: str, R: int, p: float, device: str) -> None:
+    activation = "silu"  # of each, in the next test: h is of z, whatever made it
     main, adapter, _ = MIXES[mix]
     g, u = (normal(M, K, dtype=main, device=device, std=2) for _ in range(2))
     a, seed = normal(R, K, dtype=adapter, device=device, std=K**-0.5), a_seed(device)

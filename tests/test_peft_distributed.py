@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from grouping import gated_calls, group_calls
@@ -52,9 +51,16 @@ def fsdp2_of_leaves(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def worker(rank: int, rendezvous: str, few: int, mlps: bool) -> None:
-    ops.FEW_INPUTS = few
+def worker(rank: int, rendezvous: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+    one_by_one = ops.FEW_INPUTS
+    for few, mlps in ((one_by_one, False), (0, False), (0, True)):  # one by one, in groups, MLPs as one
+        ops.FEW_INPUTS = few
+        train_as_peft_does(rank, few, mlps)
+    dist.destroy_process_group()
+
+
+def train_as_peft_does(rank: int, few: int, mlps: bool) -> None:
     for wrap in (ddp, fsdp2) if few else (ddp, fsdp2, fsdp2_of_leaves):
         draws = []
         for seed in range(2 if few else DRAWS):
@@ -79,12 +85,8 @@ def worker(rank: int, rendezvous: str, few: int, mlps: bool) -> None:
         if wrap is fsdp2:  # between steps, FSDP2's shards are DTensors
             layers = lora_layers(ours).values()
             assert all("DTensor, not a plain tensor" in str(why_not(layer)) for layer in layers)
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("few", "mlps"), [(ops.FEW_INPUTS, False), (0, False), (0, True)], ids=["one by one", "in groups", "MLPs as one"]
-)
-def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path, few: int, mlps: bool) -> None:
+def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path) -> None:
     """Strict, so nothing fell back: FSDP2 hands its layers whole weights during forward and backward."""
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"), few, mlps), nprocs=WORLD)
+    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
