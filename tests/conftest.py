@@ -13,7 +13,7 @@ from poison import poisoned
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are first imported
-    interpreting.remember_builtins()
+    interpreting.quicken()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
