@@ -3,10 +3,13 @@ BIN := .venv/bin
 DEVICE ?= cuda
 PARTS ?=
 
+# bytecode of what is imported is kept, and of nothing else: pip would compile all of torch and transformers, 50 s
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: test lint demo audit bench gpu adopt clean
 
 test: .venv/.ready lint
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -36,8 +39,8 @@ adopt:
 # torch goes first: left to another package's range, pip may choose a newer build
 .venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -23,7 +24,11 @@ hypothesis.settings.load_profile("fastlora")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked slow runs when the marker is asked for by name, or the test itself."""
+    """A module's own fixture is made in one worker; what is marked slow runs when asked for by marker or by name."""
+    for item in items:
+        fixtures = itertools.chain(*item._fixtureinfo.name2fixturedefs.values())  # type: ignore[attr-defined]
+        if any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if "slow" in config.getoption("-m") or any("::" in argument for argument in config.args):
         return
     slow = [item for item in items if item.get_closest_marker("slow")]

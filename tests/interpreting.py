@@ -19,9 +19,10 @@ def quicken() -> None:
 
     def patch_builtin(package: Any, *builder_and_scope: Any) -> None:
         """Looks for a package's builtins at each call of a jitted function; inside another's, all are replaced."""
-        for name in builtins_of(package):
-            if is_builtin(member := getattr(package, name)):
-                interpreter._patch_attr(package, name, member, *builder_and_scope)
+        names = builtins_of(package)
+        if is_builtin(getattr(package, names[0])):
+            for name in names:
+                interpreter._patch_attr(package, name, getattr(package, name), *builder_and_scope)
 
     numpy_dtype, scalar_dtype = interpreter._get_np_dtype, cache(interpreter._get_np_dtype)
 

@@ -157,11 +157,10 @@ def test_what_it_says_and_draws(out: Path, results: dict[str, Any]) -> None:
     assert not list(out.rglob("*.part"))
 
 
-def test_other_settings_are_not_mixed_in(out: Path) -> None:
-    code, _, complained = run("--out", out, "--batch", "4")
-    assert code == 2 and complained.splitlines()[-1].startswith(
-        f"error: --out: {out} holds a run with batch = 8, wanted 4"
-    )
+def test_other_settings_are_not_mixed_in(out: Path, capsys: Any) -> None:
+    assert lab_main()(["--quick", *FEW, "--out", str(out), "--batch", "4"]) == 2
+    complained = capsys.readouterr().err.splitlines()
+    assert complained[-1].startswith(f"error: --out: {out} holds a run with batch = 8, wanted 4")
 
 
 @pytest.fixture(scope="module")

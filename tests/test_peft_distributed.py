@@ -19,7 +19,7 @@ from fastlora import ops
 from fastlora.peft import why_not
 
 WORLD = 2
-DRAWS = 12
+DRAWS = 8
 """The logarithm of one draw's ratio scatters by a quarter, and now and then by one."""
 
 
