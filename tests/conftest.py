@@ -23,6 +23,7 @@ hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True
 hypothesis.settings.load_profile("fastlora")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A module's own fixture is made in one worker; what is marked slow runs when asked for by marker or by name."""
     for item in items:

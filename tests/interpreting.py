@@ -10,6 +10,7 @@ from typing import Any
 
 def quicken() -> None:
     """Changes no number: each of these would have come to the same."""
+    import triton.language
     from triton.language.core import is_builtin, pointer_type  # TRITON_INTERPRET is read at the first import
     from triton.runtime import interpreter
 
@@ -31,6 +32,20 @@ def quicken() -> None:
         scalar = dtype.scalar
         return numpy_dtype(scalar) if isinstance(scalar, pointer_type) else scalar_dtype(scalar)
 
+    patch_lang = interpreter._patch_lang
+
+    @cache
+    def languages_of(function: Any) -> list[Any]:
+        known = triton.language, triton.language.core
+        return [value for value in function.__globals__.values() if inspect.ismodule(value) and value in known]
+
+    def patch_lang_once(function: Any) -> Any:
+        """Replaces the language at each call of a jitted function by what the kernel's launch has replaced it by."""
+        if any(is_builtin(language.load) for language in languages_of(function)):
+            return patch_lang(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_lang_once
     interpreter._patch_builtin = patch_builtin
     interpreter._get_np_dtype = get_np_dtype
     # an overflow is looked for at each sum of integers, a third of the time, and asserted in debug alone
