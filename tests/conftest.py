@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so in the programs that tests start
 
 hypothesis.settings.register_profile("fastlora", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fastlora")
