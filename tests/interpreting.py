@@ -1,4 +1,4 @@
-"""Triton's interpreter, four times as fast: what it does again and again, or computes and throws away, it does no more."""
+"""Triton's interpreter, four times as fast: what it does again and again, or computes and throws away, is left out."""
 
 from __future__ import annotations
 

@@ -174,15 +174,15 @@ def gpt2(out: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "seq2seq"])
-def test_a_model_and_dialogues_of_ones_own(kind: str, out: Path, gpt2: Path, tmp_path: Path) -> None:
+def test_a_model_and_dialogues_of_ones_own(kind: str, out: Path, gpt2: Path, tmp_path: Path, capsys: Any) -> None:
     made = list(itertools.islice(dialogues.dialogues(5), 20))
     lines = [json.dumps({"dialogue": e.dialogue.replace("\n", "\r\n"), "summary1": e.summary}) for e in made]
     (tmp_path / "mine.jsonl").write_text("\n\n".join(lines))
     model = gpt2 if kind == "gpt2" else out / "bases" / "seq2seq"
     rows = "zero-shot,few-shot,lora attention 4,prompt 20,speakers"
     words = ("--model", model, "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "out", "--only", rows)
-    code, _, complained = run(*words, "--seeds", "1")
-    assert code == 0, complained
+    code = lab_main()(["--quick", *FEW, *map(str, words), "--seeds", "1"])
+    assert code == 0, capsys.readouterr().err
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [c["row"] for c in found["cells"]] == rows.split(",")
     assert found["attention"] == {"given": ["c_attn"] if kind == "gpt2" else ["q", "k", "v", "o"]}

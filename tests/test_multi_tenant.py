@@ -18,27 +18,17 @@ sys.path.append(str(ROOT / "examples"))
 
 import multi_tenant  # noqa: E402
 
-
-def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [
-        sys.executable,
-        str(ROOT / "examples" / "multi_tenant.py"),
-        "--quick",
-        "--out",
-        str(out),
-        "--tokens",
-        "6",
-    ]
-    return subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=300)
+QUICK = ["--quick", "--tokens", "6"]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a quick run left its base, its adapters and its report."""
     out = tmp_path_factory.mktemp("tenants")
-    done = run(out, "--batch", "7")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, str(ROOT / "examples" / "multi_tenant.py"), *QUICK, "--out", str(out), "--batch", "7"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     (out / "said").write_text(done.stdout)
     return out
@@ -71,8 +61,7 @@ def test_ones_own_adapters_whatever_their_folders_are_called(out: Path, tmp_path
         shutil.copytree(out / name, folder)
     (tmp_path / "requests").write_text("Anna: Hello!\n\nOscar: Good to see you, Anna.\n" * 4)
     words = ("--model", out / "base", "--requests", tmp_path / "requests", "--adapters", *folders)
-    done = run(tmp_path / "own", *map(str, words))
-    assert done.returncode == 0, done.stderr
+    multi_tenant.main([*QUICK, "--out", str(tmp_path / "own"), *map(str, words)])
     found = report(tmp_path / "own")
     assert found["same_tokens"] == {"requests": 8, "same": 8, "peft_mixed": 8}
     sizes = report(out)["bytes"]
