@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from crews import CREW, State, crewed, fresh, ids, losses
 from models import base_model
+from processes import WORLD, each
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastlora import Jobs
 
-WORLD = 2
+pytestmark = pytest.mark.xdist_group("processes")  # which have imported once what they need
+
 NAMES: list[str | None] = ["a", "c", "b", "a"]
 
 
@@ -38,8 +39,7 @@ def gradients(model: nn.Module, jobs: Jobs, batch: Tensor) -> State:
     }
 
 
-def worker(rank: int, rendezvous: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> None:
     torch.manual_seed(0)
     model, batches = base_model("llama").train(), [ids(4) for _ in range(WORLD)]
     starts = {name: state for name, (_, state) in fresh(model).items()}
@@ -65,8 +65,7 @@ def worker(rank: int, rendezvous: str) -> None:
     layer = jobs.layers["model.layers.0.mlp.up_proj"]  # between steps its factors are shards, and it says so
     with layer.use_jobs(["a"]), pytest.raises(TypeError, match="got a DTensor, wanted a whole tensor"):
         layer(torch.randn(1, 3, 64))
-    dist.destroy_process_group()
 
 
 def test_ddp_and_fsdp2_give_the_mean_of_the_halves(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    each(worker, tmp_path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import pytest
 import torch
-import torch.distributed as dist
 from grouping import gated_calls, group_calls
 from models import batch, counted, lora_layers, peft_model, step
+from processes import WORLD, each
 from tolerance import assert_all_close
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,8 @@ import fastlora
 from fastlora import ops
 from fastlora.peft import why_not
 
-WORLD = 2
+pytestmark = pytest.mark.xdist_group("processes")  # which have imported once what they need
+
 DRAWS = 8
 """The logarithm of one draw's ratio scatters by a quarter, and now and then by one."""
 
@@ -51,13 +53,11 @@ def fsdp2_of_leaves(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def worker(rank: int, rendezvous: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
+def worker(rank: int) -> None:
     one_by_one = ops.FEW_INPUTS
     for few, mlps in ((one_by_one, False), (0, False), (0, True)):  # one by one, in groups, MLPs as one
         ops.FEW_INPUTS = few
         train_as_peft_does(rank, few, mlps)
-    dist.destroy_process_group()
 
 
 def train_as_peft_does(rank: int, few: int, mlps: bool) -> None:
@@ -89,4 +89,4 @@ def train_as_peft_does(rank: int, few: int, mlps: bool) -> None:
 
 def test_ddp_and_fsdp2_give_pefts_gradients(tmp_path: Path) -> None:
     """Strict, so nothing fell back: FSDP2 hands its layers whole weights during forward and backward."""
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD)
+    each(worker, tmp_path)
