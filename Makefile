@@ -17,10 +17,7 @@ lint: .venv/.ready
 	$(BIN)/mypy
 
 demo: .venv/.ready
-	$(BIN)/python examples/finetune.py
-	$(BIN)/python examples/multi_tenant.py --steps 80
-	$(BIN)/python examples/multi_job.py
-	$(BIN)/python examples/dialogue_summarization --quick --only "zero-shot,full,lora all 16,prompt 20"
+	$(BIN)/python examples
 
 audit: .venv/.ready
 	$(BIN)/python -m benchmarks.audit --write

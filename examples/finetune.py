@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
 
     base = open_base()
-    report["before"] = judge.score(base)
+    report["before"] = judge.score(base, judge.write(base))
 
     print("2. PEFT's layers beside fastlora's, p = 0: the same adapter, the same batches", flush=True)
     model = with_lora(base, args, dropout=0.0)
@@ -177,11 +177,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["patch"] = {"patched": len(patched.patched), "skipped": patched.skipped}
     report["training"] = fit(model, steps=args.steps)
     show_losses(report["training"])
-    report["after"] = judge.score(model)
+    ours = judge.write(model)
+    report["after"] = judge.score(model, ours)
 
     print("4. The adapter, saved, loaded by plain PEFT, and merged", flush=True)
     model.save_pretrained(adapter)
-    ours = judge.write(model)
     plain = PeftModel.from_pretrained(open_base(), adapter)
     loaded = judge.write(plain)
     merged = judge.write(plain.merge_and_unload())

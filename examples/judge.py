@@ -23,9 +23,9 @@ class Judge:
     rows: Sequence[Row]
     references: Sequence[str]
 
-    def score(self, model: PreTrainedModel) -> dict[str, float]:
-        """The loss and the mean F of ROUGE-1, 2, L and Lsum, stemmed."""
-        each = self.rouge(self.read(self.write(model)))
+    def score(self, model: PreTrainedModel, written: Sequence[list[int]]) -> dict[str, float]:
+        """The model's loss, and the mean F of ROUGE-1, 2, L and Lsum, stemmed, of what it has written."""
+        each = self.rouge(self.read(written))
         return {"loss": self.loss(model), **{measure: sum(scores) / len(scores) for measure, scores in each.items()}}
 
     def rouge(self, summaries: Sequence[str]) -> dict[str, list[float]]:
