@@ -13,7 +13,7 @@ from pathlib import Path
 ROWS = "zero-shot,full,lora all 16,prompt 20"
 EXAMPLES = (
     ("finetune.py",),
-    ("multi_tenant.py", "--steps", "80"),
+    ("multi_tenant.py", "--steps", "80", "--rounds", "3"),
     ("multi_job.py",),
     ("dialogue_summarization", "--quick", "--seeds", "1", "--only", ROWS, "--out", "out/lab-demo"),
 )
