@@ -80,6 +80,7 @@ def steps(model: PeftModel, batches: Sequence[Batch], rounds: int) -> dict[str, 
         batch = batches[turn % len(batches)]
         for side in order:
             SIDES[side](model)
+            step({key: value[:1] for key, value in batch.items()})  # a run changes sides once: that is not timed
             seconds = _seconds(step, batch)
             if turn >= 0:
                 times[side].append(seconds)
