@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastlora import AdapterBank
 
+RANKS = (1, 4, 7, 16, 64)
+
 
 def tenant(base: nn.Module, family: str = "llama", **options: Any) -> PeftModel:
     """PEFT's adapter on a copy of the base, with a B (and a lora_bias) that is not zero."""
@@ -60,3 +62,27 @@ def rows(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     out: Tensor = model(**inputs).logits
     return out
+
+
+def names(mapping: list[int | None]) -> list[str | None]:
+    return [None if r is None else f"r{RANKS[r]}" for r in mapping]
+
+
+def tenants_of(base: nn.Module, family: str) -> dict[str | None, nn.Module]:
+    """By name, r1 to r64 with their ranks and other scalings, and the base as None."""
+    made: dict[str | None, nn.Module] = {None: base}
+    for r in RANKS:
+        made[f"r{r}"] = tenant(base, family, r=r, lora_alpha=max(1, r // 2))
+    return made
+
+
+def bank_with(models: dict[str | None, nn.Module], **options: Any) -> AdapterBank:
+    bank = AdapterBank(copy.deepcopy(models[None]), **options)
+    for name, model in models.items():
+        if name is not None:
+            take(bank, name, model)
+    return bank
+
+
+def model_of(bank: AdapterBank) -> Any:
+    return bank._attached.model
