@@ -58,7 +58,7 @@ def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     rows = torch.arange(M, device=device)[:, None]
     groups = torch.arange((K + 7) // 8, device=device)[None, :]
     words = torch.stack(_philox((rows, groups), seed.reshape(())), dim=-1)  # [M, K/8, 4]
-    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(M, -1)[:, :K]
+    lanes = torch.stack((words & 0xFFFF, words >> 16), dim=-1).flatten(1)[:, :K]
     return lanes >= dropout_threshold(p)
 
 

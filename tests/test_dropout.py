@@ -160,6 +160,11 @@ def test_a_row_of_the_mask_does_not_know_its_batch(seed: int, p: float) -> None:
     assert_same(reference.dropout_mask(drawn, 9, 30, p)[:5, :13], reference.dropout_mask(drawn, 5, 13, p))
 
 
+@pytest.mark.parametrize("shape", [(0, 30), (0, 0), (3, 0)])
+def test_a_mask_of_nothing(shape: tuple[int, int]) -> None:
+    assert reference.dropout_mask(torch.tensor(1), *shape, 0.5).shape == shape
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy, on what is selected away
 @pytest.mark.parametrize("mix", [(fp32, fp32), (bf16, fp32), (fp16, fp16)], ids=str)
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
