@@ -64,6 +64,8 @@ CHIPS = {
 TENSOR = {"tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "mfma": r"v_mfma"}
 TMA = r"cp\.async\.bulk\.tensor"
 TMEM_COLUMNS = 512
+ROUNDED = ("shrink", "dy", "x", "group_shrink", "group_dy", "group_x", "glu", "multi_shrink", "multi_outer")
+"""Kernels whose fp32 results must not err more than plain fp32's."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Row:
     instruction: str
     narrow: int  # load instructions of less than eight bytes
     scratch: int = 0  # bytes of global memory: what a descriptor made on the device would need
+    running: int = 0  # products whose accumulator a loop carries on: tensor cores truncate as they add to it
     verdict: str = ""
 
 
@@ -126,7 +129,7 @@ def compiled(case: Case) -> Row:
             binary = triton.compile(source, target=CHIPS[case.arch].target, options=options)
     except Exception as error:  # whatever the compiler raises is the finding
         reason = " ".join(str(error).split())[-200:]
-        return Row(0, 0, 0, 0, 0, "none", 0, 0, f"FAIL does not compile: {type(error).__name__} {reason}")
+        return Row(0, 0, 0, 0, 0, "none", 0, 0, 0, f"FAIL does not compile: {type(error).__name__} {reason}")
     row = _measured(case, binary.asm, binary.metadata, log.getvalue())
     return Row(**{**asdict(row), "verdict": "; ".join(failures(case, row)) or "pass"})
 
@@ -149,8 +152,15 @@ def _measured(case: Case, asm: dict[str, str], metadata: Any, log: str) -> Row:
     found += ["tma"] * bool(re.search(TMA, text)) + ["specialized"] * (per_block > case.tile.num_warps)
     narrow = sum(width < 8 for width in _load_widths(text))
     scratch = getattr(metadata, "global_scratch_size", 0)
-    warps = blocks * per_block
-    return Row(registers, spills, metadata.shared, tmem, warps, "+".join(found) or "none", narrow, scratch)
+    warps, running = blocks * per_block, _running(asm["ttgir"])
+    return Row(registers, spills, metadata.shared, tmem, warps, "+".join(found) or "none", narrow, scratch, running)
+
+
+def _running(ttgir: str) -> int:
+    """How many products add to what a loop carries. (Those in tensor memory, tcgen05, are not looked at.)"""
+    carried = {name for args in re.findall(r"iter_args\((.*?)\) ->", ttgir) for name in re.findall(r"(%\w+) =", args)}
+    products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%\w+)", ttgir)
+    return sum(acc in carried for acc in products)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -190,6 +200,8 @@ def failures(case: Case, row: Row) -> list[str]:
         for asked, name in ((case.tile.tma, "tma"), (case.tile.specialize, "specialized")):
             if asked and name not in row.instruction.split("+"):
                 found.append(f"FAIL instruction: {row.instruction}, not {name}")
+    if row.running and case.kernel in ROUNDED:
+        found.append(f"FAIL sums: {row.running} run on in tensor cores")
     if row.scratch:
         found.append(f"FAIL scratch: {row.scratch} bytes of global memory")
     if case.arch in GATED and row.narrow and _fills_wide_loads(case):

@@ -52,7 +52,7 @@ MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"),
 NO_ADAPTER = ("glu_backward",)
 """Kernels that no adapter meets: a mix of dtypes is none to them."""
 
-RANKS = (512, 64, 16)
+RANKS = (512, 64, 32, 16)
 ROWS, FEATURES = 8192, 4096
 SLOTS, POOL = 64, 2048
 """The typical problem: sizes and strides are multiples of 16, as a launch then specialises on."""

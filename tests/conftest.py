@@ -16,6 +16,7 @@ from poison import poisoned
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are first imported
     interpreting.quicken()
+    interpreting.truncate()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -42,6 +43,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """What was imported stays: half a million objects that each full collection would look at, 0.4 s of it."""
     gc.freeze()
+
+
+class _AtOnce:
+    """Says of each failure what it was as it comes: `make gpu` may be cut off before the summary."""
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            print(f"\n{report.nodeid}\n" + "\n".join(report.longreprtext.splitlines()[-12:]), flush=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.tbstyle == "no" and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_AtOnce())
 
 
 @pytest.fixture(autouse=True)

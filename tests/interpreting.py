@@ -1,4 +1,4 @@
-"""Triton's interpreter, four times as fast: what it does again and again, or computes and throws away, is left out."""
+"""Triton's interpreter, four times as fast, and with a tensor core's arithmetic in place of numpy's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,32 @@ import dataclasses
 import inspect
 from functools import cache
 from typing import Any
+
+import numpy as np
+
+
+def truncate() -> None:
+    """Products as an H200 sums them: sixteen terms at a time, exactly, and then towards zero to fp32.
+
+    numpy rounds to nearest, and so hides what a long sum in a running accumulator loses. (Known by its errors: a shrink
+    of rank 1 errs by 6.669e-8 here, and erred by 6.67e-8 there; numpy makes it 3.1e-8.)
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        wide_a, wide_b, total = (t.data.astype(np.float64) for t in (a, b, acc))
+        with np.errstate(invalid="ignore", over="ignore"):
+            for k in range(0, wide_a.shape[-1], 16):
+                total = _towards_zero(total + wide_a[..., k : k + 16] @ wide_b[..., k : k + 16, :])
+        return TensorHandle(total.astype(np.float32), acc.dtype.scalar)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+def _towards_zero(exact: Any) -> Any:
+    """float64 → the fp32 next to it on zero's side, still held in float64."""
+    near = exact.astype(np.float32)
+    return np.where(np.abs(near) > np.abs(exact), np.nextafter(near, np.float32(0)), near).astype(np.float64)
 
 
 def quicken() -> None:

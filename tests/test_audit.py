@@ -144,6 +144,8 @@ def test_gates_catch_each_fault() -> None:
     assert audit.failures(described, dataclasses.replace(sound, instruction="wgmma+tma")) == []
     thin = dataclasses.replace(case, kernel="x")
     assert audit.failures(thin, dataclasses.replace(sound, narrow=1)) != []
+    assert audit.failures(thin, dataclasses.replace(sound, running=1)) == ["FAIL sums: 1 run on in tensor cores"]
+    assert audit.failures(case, dataclasses.replace(sound, running=2)) == []  # the product with w may
 
 
 def test_compiling_refuses_the_interpreter() -> None:

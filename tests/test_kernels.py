@@ -40,12 +40,16 @@ dropout = pytest.mark.parametrize("p", [0.0, 0.3])
 
 
 def hold(actual: Any, op: str, *args: Any, **kwargs: Any) -> None:
-    """`actual` is what `op` gives, by the policy: against PEFT's formulation, and against the twin."""
+    """`actual` is what `op` gives, by the policy: against PEFT's formulation, and against the twin.
+
+    The twin rounds where a tensor core truncates: beside it an fp32 result may err by one truncation, ε.
+    """
     peft, twin = (getattr(module, op)(*args, **kwargs) for module in (plain, reference))
     wanted = getattr(reference, op)(*map(double, args), **{name: double(value) for name, value in kwargs.items()})
     assert actual.dtype == twin.dtype, f"{op}: dtype {actual.dtype}, wanted {twin.dtype}"
     assert_close(actual, peft, wanted, op)
-    assert_close(actual, twin, wanted, f"{op} beside its twin")
+    truncated = torch.finfo(fp32).eps if actual.dtype == fp32 else 0.0
+    assert_close(actual, twin, wanted, f"{op} beside its twin", least=truncated)
 
 
 @dropout

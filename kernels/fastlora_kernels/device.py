@@ -1,8 +1,7 @@
-"""Where a launch goes: the architecture whose table applies, the device guard, and whether Triton interprets."""
+"""What a tensor lies on: the architecture whose table applies, its processors, and whether Triton interprets."""
 
 from __future__ import annotations
 
-import contextlib
 from functools import lru_cache
 
 import torch
@@ -38,10 +37,3 @@ def processors(x: Tensor) -> int:
     if x.device.type == "cuda":
         return _processors(x.device.index if x.device.index is not None else torch.cuda.current_device())
     return 3
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launch on x's own GPU, and so on its current stream, whichever GPU is current for the caller."""
-    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()

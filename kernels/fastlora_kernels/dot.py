@@ -58,12 +58,20 @@ def cast(v, dtype: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def dot(p, q, acc, PIECES: tl.constexpr, INTERPRET: tl.constexpr):
-    """acc + p·q in fp32, with p: [I, J] and q: [J, L] as they were loaded; see `pieces` for PIECES."""
+def dot(p, q, acc, PIECES: tl.constexpr, INTERPRET: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """acc + p·q in fp32, with p: [I, J] and q: [J, L] as they were loaded; see `pieces` for PIECES.
+
+    Tensor cores truncate whenever they add to an accumulator: over 8192 rows da erred 15 to 35 times more than plain
+    fp32 on an H200. ROUNDED, and always with three pieces, they sum each call by itself and acc grows by rounded
+    additions. With three pieces the leading product is apart from the small ones too: its 16 bits, in sums of 16, lose
+    next to nothing. The product with w has 16-bit results and goes without, for 1.9 times the speed.
+    """
+    APART: tl.constexpr = ROUNDED or PIECES >= 3
+    part = tl.zeros([p.shape[0], q.shape[1]], tl.float32) if APART else acc
     if PIECES == 0:
         if INTERPRET:  # there a bf16 dot is silently wrong; 16-bit products are exact in fp32
             p, q = p.to(tl.float32), q.to(tl.float32)
-        acc = tl.dot(p, q, acc, input_precision="ieee")
+        part = tl.dot(p, q, part, input_precision="ieee")
     else:
         P_WIDE: tl.constexpr = p.dtype != tl.bfloat16
         Q_WIDE: tl.constexpr = q.dtype != tl.bfloat16
@@ -82,9 +90,6 @@ def dot(p, q, acc, PIECES: tl.constexpr, INTERPRET: tl.constexpr):
             if Q_WIDE:
                 q_rest = rest(q, q0)
                 q1 = piece(q_rest, INTERPRET)
-        # six products a step, each rounded at acc's size, err more than plain fp32: sum them apart, smallest first
-        APART: tl.constexpr = PIECES >= 3 and P_WIDE and Q_WIDE
-        part = tl.zeros([p.shape[0], q.shape[1]], tl.float32) if APART else acc
         if PIECES >= 3:
             if P_LONG:
                 part = tl.dot(piece(rest(p_rest, p1), INTERPRET), q0, part, input_precision="ieee")
@@ -97,6 +102,10 @@ def dot(p, q, acc, PIECES: tl.constexpr, INTERPRET: tl.constexpr):
                 part = tl.dot(p1, q0, part, input_precision="ieee")
             if Q_WIDE:
                 part = tl.dot(p0, q1, part, input_precision="ieee")
-        part = tl.dot(p0, q0, part, input_precision="ieee")
-        acc = acc + part if APART else part
-    return acc
+        if PIECES >= 3:
+            acc = acc - (-tl.dot(p0, q0, input_precision="ieee"))
+        else:
+            part = tl.dot(p0, q0, part, input_precision="ieee")
+    if APART:
+        return acc - (-part)  # acc + part is what Triton folds back into the accumulator
+    return part

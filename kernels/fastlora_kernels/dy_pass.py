@@ -15,11 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, pieces
+from fastlora_kernels.launch import launch
 from fastlora_kernels.members import strides
 from fastlora_kernels.reduce import reduce, reduce_each
 from fastlora_kernels.shrink import block_r, chunks
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 from fastlora_kernels.tiles import outer_tile, ranks_at, shrink_tile
 
@@ -167,10 +169,10 @@ def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
     As many as make a band at most 32 MiB of bf16 and 2048 rows, so that it stays in L2, yet leave 40·R rows
     to each: fp32 partials of rank R, one a band, are then at most 4·R / (2·40·R) = 5 % of the operand's bytes.
     """
-    wanted = triton.cdiv(M, max(1, min(2048, 2**24 // width)))
-    rows = triton.cdiv(M, max(1, min(wanted, M // (40 * R))))
-    rows = triton.cdiv(rows, block) * block
-    return triton.cdiv(M, rows), rows
+    wanted = cdiv(M, max(1, min(2048, 2**24 // width)))
+    rows = cdiv(M, max(1, min(wanted, M // (40 * R))))
+    rows = cdiv(rows, block) * block
+    return cdiv(M, rows), rows
 
 
 def group_dy_pass(
@@ -200,7 +202,7 @@ def group_dy_pass(
         return None, dbs
     members, ranks = len(dys), tuple(map(block_r, Rs))
     t = config or tile("dy" if members == 1 else "group_dy", arch(dys[0]), dys[0].dtype, M, max(Ns), max(Rs))
-    grid_r = max(map(triton.cdiv, Rs, ranks))
+    grid_r = max(map(cdiv, Rs, ranks))
     n_bands, band_rows = bands(M, max(Ns), max(Rs), t.BLOCK_M)
     row_blocks = band_rows // t.BLOCK_M
     least = max(512 * members, 40 * width)  # of all members' columns
@@ -210,21 +212,19 @@ def group_dy_pass(
     parts = [db.new_empty((n_bands, *db.shape), dtype=torch.float32) for db in outs] if n_bands > 1 else outs
     db_of = iter(parts)
     dh_programs = row_blocks * n_parts
-    programs = sum(
-        dh_programs * w + triton.cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True)
-    )
+    programs = sum(dh_programs * w + cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True))
     h_of = [h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]
-    with on_device(dys[0]):
-        _dy_kernel[(n_bands * programs, grid_r)](
-            tuple(dys), tuple(h_of), tuple(bs), dh if dh is not None else dys[0],
-            tuple(next(db_of) if wanted else dy for dy, wanted in zip(dys, want_db, strict=True)),
-            M, Ns, Rs, width, tuple(triton.cdiv(triton.cdiv(N, n_parts), t.BLOCK_K) * t.BLOCK_K for N in Ns),
-            n_parts, band_rows, dh_programs, *strides(dys), *strides(h_of), *strides(bs), tuple(scales),
-            WANT_DH=tuple(want_dh), WANT_DB=tuple(want_db),
-            H_PIECES=tuple(pieces(dy.dtype, (torch.float32,), b.dtype) for dy, b in zip(dys, bs, strict=True)),
-            B_PIECES=tuple(pieces(dy.dtype, (b.dtype,), torch.float32) for dy, b in zip(dys, bs, strict=True)),
-            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, **t.options,
-        )  # fmt: skip
+    launch(
+        _dy_kernel, (n_bands * programs, grid_r, 1),
+        (tuple(dys), tuple(h_of), tuple(bs), dh if dh is not None else dys[0],
+         tuple(next(db_of) if wanted else dy for dy, wanted in zip(dys, want_db, strict=True))),
+        (M, Ns, Rs, width, tuple(cdiv(cdiv(N, n_parts), t.BLOCK_K) * t.BLOCK_K for N in Ns), n_parts, band_rows,
+         dh_programs, *strides(dys), *strides(h_of), *strides(bs), tuple(map(float, scales))),
+        WANT_DH=tuple(want_dh), WANT_DB=tuple(want_db),
+        H_PIECES=tuple(pieces(dy.dtype, (torch.float32,), b.dtype) for dy, b in zip(dys, bs, strict=True)),
+        B_PIECES=tuple(pieces(dy.dtype, (b.dtype,), torch.float32) for dy, b in zip(dys, bs, strict=True)),
+        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, **t.options,
+    )  # fmt: skip
     if dh is not None and dh_out is not None and dh is not dh_out:
         reduce(dh, dh_out)
     if outs and n_bands > 1:

@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.gemm import main_loop
+from fastlora_kernels.launch import launch
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.persistent import persistent, takes_tma
 from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 
 GEMM, ADD, NONE = 0, 1, 2
@@ -130,21 +132,21 @@ def _launch(
             return persistent(xs, ws, bias, terms, y, t)
         t = config or tile(kernel, arch(y), main, M, N, terms.rank, False, terms.masks)
     Ks, lora_bias = tuple(w.shape[1] for w in ws), terms.lora_bias
-    with on_device(y):
-        _expand_kernel[(triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N),)](
-            tuple(xs), tuple(ws or xs), bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
-            lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y, y,
-            M, N, Ks or (0,), tuple(h.shape[1] for h in terms.hs), *strides(xs), *strides(ws or xs),
-            bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
-            lora_bias.stride(0) if lora_bias is not None else 0, *y.stride(),
-            tuple(terms.scales), terms.thresholds,
-            BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
-            PIECES=pieces(main, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
-            MAIN_PIECES=pieces(main, tuple(w.dtype for w in ws), y.dtype),
-            EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=8,
-            **t.options,
-        )  # fmt: skip
+    launch(
+        _expand_kernel, (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), 1, 1),
+        (tuple(xs), tuple(ws or xs), bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
+         lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y, y),
+        (M, N, Ks or (0,), tuple(h.shape[1] for h in terms.hs), *strides(xs), *strides(ws or xs),
+         bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+         lora_bias.stride(0) if lora_bias is not None else 0, *y.stride(),
+         tuple(map(float, terms.scales)), terms.thresholds),
+        BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+        PIECES=pieces(main, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
+        MAIN_PIECES=pieces(main, tuple(w.dtype for w in ws), y.dtype),
+        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=t.GROUP_M,
+        **t.options,
+    )  # fmt: skip
     return y
 
 

@@ -82,7 +82,7 @@ def gated_backward(
         dh, db = dy_pass(dy, h_down, b, scales[2], want_dh=before or want_das[2], want_db=want_dbs[2])
     if before and w is not None:
         if a is not None and dh is not None:
-            fused = chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how) == "fused"
+            fused = chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how, int(p > 0)) == "fused"
             dz = dx_by(dy, w, dh, a, p, seed, fused)
         else:
             dz = torch.mm(dy, w)

@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep, keep_scale, threshold
+from fastlora_kernels.launch import launch
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.shrink import block_r, chunks
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -113,7 +115,7 @@ def _glu_kernel(
                 z = tl.where(keep(seed, offs_m, k, threshold, BLOCK_M, BLOCK_K), z, 0.0)
             a_tile = a_cols + offs_k.to(tl.int64)[:, None] * stride_ak
             a = tl.load(a_tile, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-            acc = dot(z, a, acc, PIECES, INTERPRET)
+            acc = dot(z, a, acc, PIECES, INTERPRET, ROUNDED=True)
     if SHRINK:
         h_rows = h_ptr + (pid_k.to(tl.int64) * M + offs_m)[:, None] * R
         acc *= tl.cast(scale, tl.float32)
@@ -182,20 +184,20 @@ def glu(
         return z, None if a is None else g.new_empty((M, R), dtype=torch.float32).zero_()
     dropped = p > 0 and seed is not None and a is not None
     t = config or tile("glu", arch(g), g.dtype, M, K, R)
-    rank, grid_m = block_r(R), triton.cdiv(M, t.BLOCK_M)
-    grid_r = max(triton.cdiv(R, rank), 1)
+    rank, grid_m = block_r(R), cdiv(M, t.BLOCK_M)
+    grid_r = max(cdiv(R, rank), 1)
     # with nothing to sum there is no reason to walk
-    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512) if R else (triton.cdiv(K, t.BLOCK_K), t.BLOCK_K)
+    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512) if R else (cdiv(K, t.BLOCK_K), t.BLOCK_K)
     h = g.new_empty((parts, M, R), dtype=torch.float32) if R else None
-    with on_device(g):
-        _glu_kernel[(grid_m, grid_r, parts)](
-            g, u, a if a is not None else g, seed if dropped else g, z, h if h is not None else z, M, K, R, k_chunk,
-            *g.stride(), *u.stride(), *(a.stride() if a is not None else (0, 0)),
-            keep_scale(p) if dropped else 1.0, threshold(p) if dropped else 0,
-            ACTIVATION=activation, SHRINK=R > 0, DROPOUT=dropped,
-            PIECES=pieces(g.dtype, (a.dtype,), torch.float32) if a is not None else 0, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
+    launch(
+        _glu_kernel, (grid_m, grid_r, parts),
+        (g, u, a if a is not None else g, seed if seed is not None and dropped else g, z, h if h is not None else z),
+        (M, K, R, k_chunk, *g.stride(), *u.stride(), *(a.stride() if a is not None else (0, 0)),
+         keep_scale(p) if dropped else 1.0, threshold(p) if dropped else 0),
+        ACTIVATION=activation, SHRINK=R > 0, DROPOUT=dropped,
+        PIECES=pieces(g.dtype, (a.dtype,), torch.float32) if a is not None else 0, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     if h is None or parts == 1:
         return z, None if h is None else h[0]
     return z, reduce(h, h.new_empty((M, R)))
@@ -222,10 +224,9 @@ def glu_backward(
     if M * K == 0:
         return dg, du, z
     t = config or tile("glu_backward", arch(g), g.dtype, M, K)
-    with on_device(g):
-        _glu_backward_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(K, t.BLOCK_K))](
-            g, u, dz, dg, du, z if z is not None else dg, M, K, *g.stride(), *u.stride(), *dz.stride(),
-            ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K,
-            **t.options,
-        )  # fmt: skip
+    launch(
+        _glu_backward_kernel, (cdiv(M, t.BLOCK_M), cdiv(K, t.BLOCK_K), 1),
+        (g, u, dz, dg, du, z if z is not None else dg), (M, K, *g.stride(), *u.stride(), *dz.stride()),
+        ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     return dg, du, z

@@ -82,7 +82,9 @@ def group_backward(
     if want_dx and used:
         outs, rows = [dy for dy, _ in used], [w for _, w in used]
         N, R = sum(w.shape[0] for w in rows), sum(dh.shape[1] for dh in dhs if dh is not None)
-        fused = R > 0 and chosen("dx", outs[0], rows[0].shape[1], N, R, how) == "fused"
+        kernel = "dx" if len(used) == 1 else "group_dx"
+        masks = sum(p > 0 for p, dh in zip(ps, dhs, strict=True) if dh is not None)
+        fused = R > 0 and chosen(kernel, outs[0], rows[0].shape[1], N, R, how, masks) == "fused"
         since = mark(outs[0], fused and any(want_da) and pays(arch(outs[0])))
         if fused:
             grad = group_dx(outs, rows, dhs, as_, ps=ps, seeds=seeds)

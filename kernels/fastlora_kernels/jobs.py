@@ -12,15 +12,15 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora_kernels.device import on_device
 from fastlora_kernels.dropout import keep_scale, threshold
+from fastlora_kernels.launch import on_device
 from fastlora_kernels.multi import multi_expand, multi_shrink
 from fastlora_kernels.multi_outer import multi_outer
 from fastlora_kernels.routing import Drops, Routes, route
+from fastlora_kernels.sizes import cdiv
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it; da and db of all jobs, one after the other."""
@@ -120,7 +120,7 @@ class Crew:
             )
             self.routes = routes(tuple(jobs), len(x) // len(jobs), len(as_), x.device, stream)
         self.ranks, self.biases = sum(ranks), sum(biased)
-        self.width = triton.cdiv(max(ranks), 16) * 16
+        self.width = cdiv(max(ranks), 16) * 16
         self.drops = Drops(seeds, self.sheet.thresholds) if seeds is not None and any(ps) else None
 
     def shrink(self, x: Tensor) -> Tensor:

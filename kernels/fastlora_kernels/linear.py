@@ -18,9 +18,9 @@ Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 """(dx, da, db), each None where nobody asked for it."""
 
 
-def chosen(kernel: str, x: Tensor, N: int, K: int, R: int, forced: str) -> str:
+def chosen(kernel: str, x: Tensor, N: int, K: int, R: int, forced: str, masks: int = 0) -> str:
     """ "fused" or "split" for a main GEMM [M, K]·[K, N]: `forced`, or the table's choice when that is "triton"."""
-    return strategy(arch(x), x.dtype, x.shape[0], N, K, R, kernel)[0] if forced == "triton" else forced
+    return strategy(arch(x), x.dtype, x.shape[0], N, K, R, kernel, masks)[0] if forced == "triton" else forced
 
 
 def base_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -112,7 +112,9 @@ def lora_backward(
     grad = da = None
     if dh is None:
         return grad, da, db
-    fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how) == "fused"
+    fused = (
+        want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how, int(p > 0)) == "fused"
+    )
     since = mark(dh, fused and want_da and pays(arch(dy)))
     if want_dx:
         grad = dx_by(dy, w, dh, a, p, seed, fused)

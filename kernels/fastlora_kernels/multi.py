@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep
+from fastlora_kernels.launch import launch
 from fastlora_kernels.routing import TILE_ROWS, Drops, Routes, first_of
+from fastlora_kernels.sizes import cdiv, power_of_two
 from fastlora_kernels.tables import Tile, tile
 
 SPLIT = 1024
@@ -91,7 +93,7 @@ def _multi_shrink_kernel(
                 if DROPOUT:
                     x = tl.where(keep(seed, offs_own, k, threshold, TILE_ROWS, BLOCK_K), x, 0.0)
                 a = tl.load(a_cols + offs_k[:, None], mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-                acc = dot(x, a, acc, PIECES, INTERPRET)
+                acc = dot(x, a, acc, PIECES, INTERPRET, ROUNDED=True)
             if SCALED:
                 acc *= tl.load(factor_ptr + slot)
             tl.store(h_rows + offs_r[None, :], acc, mask=mask_m[:, None] & mask_r[None, :])
@@ -251,19 +253,20 @@ def multi_shrink(
     """
     (M, K), members = x.shape, a_pool.shape[0]
     t = config or tile("multi_shrink", arch(x), x.dtype, M, K)
-    split = triton.cdiv(K, t.BLOCK_K) * t.BLOCK_K if whole else SPLIT
-    parts, width = triton.cdiv(K, split), triton.cdiv(width, 16) * 16  # so that loads of h are wide
+    split = cdiv(K, t.BLOCK_K) * t.BLOCK_K if whole else SPLIT
+    parts, width = cdiv(K, split), cdiv(width, 16) * 16  # so that loads of h are wide
     h = x.new_empty((parts, members, M, width), dtype=torch.float32)
     if M == 0:
         return h
-    with on_device(x):
-        _multi_shrink_kernel[(len(routes.tiles), members, parts)](
-            x, a_pool, routes.order, routes.tiles, start, rank, factor if factor is not None else x, routes.counts,
-            *(drops or (x, x)), h, M, K, len(start), width, *x.stride(), a_pool.stride(0), a_pool.stride(1),
-            SCALED=factor is not None, DROPOUT=drops is not None, SLOTS=triton.next_power_of_2(len(start)),
-            SPLIT=split, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
-            TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
+    launch(
+        _multi_shrink_kernel, (len(routes.tiles), members, parts),
+        (x, a_pool, routes.order, routes.tiles, start, rank, factor if factor is not None else x, routes.counts,
+         *(drops or (x, x)), h),
+        (M, K, len(start), width, *x.stride(), a_pool.stride(0), a_pool.stride(1)),
+        SCALED=factor is not None, DROPOUT=drops is not None, SLOTS=power_of_two(len(start)),
+        SPLIT=split, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
+        TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     return h
 
 
@@ -292,12 +295,12 @@ def multi_expand(
     widest = max(y.shape[1] for y in ys)
     t = config or tile("multi_expand", arch(ys[0]), ys[0].dtype, M, widest)
     three = [min(i, members - 1) for i in range(MEMBERS)]
-    with on_device(ys[0]):
-        _multi_expand_kernel[(len(routes.tiles), triton.cdiv(widest, t.BLOCK_N), members)](
-            h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased, routes.counts,
-            *(drops or (h, h)), *(ys[i] for i in three), M, *(ys[i].shape[1] for i in three), len(start), h.shape[3],
-            *(ys[i].stride(0) for i in three),
-            DROPOUT=drops is not None, SLOTS=triton.next_power_of_2(len(start)), PARTS=h.shape[0], MEMBERS=members,
-            PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
-            INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, **t.options,
-        )  # fmt: skip
+    launch(
+        _multi_expand_kernel, (len(routes.tiles), cdiv(widest, t.BLOCK_N), members),
+        (h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased, routes.counts,
+         *(drops or (h, h)), *(ys[i] for i in three)),
+        (M, *(ys[i].shape[1] for i in three), len(start), h.shape[3], *(ys[i].stride(0) for i in three)),
+        DROPOUT=drops is not None, SLOTS=power_of_two(len(start)), PARTS=h.shape[0], MEMBERS=members,
+        PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
+        INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, **t.options,
+    )  # fmt: skip

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.gemm import main_loop
+from fastlora_kernels.launch import launch
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 
 
@@ -108,12 +110,12 @@ def multi_linear(
     if M * N == 0:
         return y
     t = config or tile("multi_linear", arch(x), x.dtype, M, N)
-    with on_device(x):
-        _multi_linear_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(N, t.BLOCK_N))](
-            x, w, bias if bias is not None else x, h, b_pool, slots, start, rank, scaling, biased, y,
-            M, N, K, h.shape[2], *x.stride(), *w.stride(), bias.stride(0) if bias is not None else 0, h.stride(0),
-            HAS_BIAS=bias is not None, PARTS=h.shape[0], PIECES=pieces(x.dtype, (w.dtype,), x.dtype),
-            EVEN_N=N % t.BLOCK_N == 0, EVEN_K=K % t.BLOCK_K == 0, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, **t.options,
-        )  # fmt: skip
+    launch(
+        _multi_linear_kernel, (cdiv(M, t.BLOCK_M), cdiv(N, t.BLOCK_N), 1),
+        (x, w, bias if bias is not None else x, h, b_pool, slots, start, rank, scaling, biased, y),
+        (M, N, K, h.shape[2], *x.stride(), *w.stride(), bias.stride(0) if bias is not None else 0, h.stride(0)),
+        HAS_BIAS=bias is not None, PARTS=h.shape[0], PIECES=pieces(x.dtype, (w.dtype,), x.dtype),
+        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=K % t.BLOCK_K == 0, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, **t.options,
+    )  # fmt: skip
     return y

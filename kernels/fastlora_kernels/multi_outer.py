@@ -11,11 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep
+from fastlora_kernels.launch import launch
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.routing import Drops, Routes, first_of
+from fastlora_kernels.sizes import cdiv, power_of_two
 from fastlora_kernels.tables import Tile, tile
 
 BAND = 1024
@@ -77,7 +79,7 @@ def _multi_outer_kernel(
                 f_ptr + rows * width + offs_r[None, :], mask=mask_m[:, None] & (offs_r < rank)[None, :], other=0.0
             )
             f = tl.where(mask_m[:, None] & ((offs_r == rank) & (biased != 0))[None, :], 1.0, f)
-            acc = dot(tl.trans(x), f, acc, PIECES, INTERPRET)
+            acc = dot(tl.trans(x), f, acc, PIECES, INTERPRET, ROUNDED=True)
         acc *= tl.load(factor_ptr + slot)
         start = tl.load(start_ptr + slot)
         out_rows = out_ptr + (band.to(tl.int64) * T + start) * K
@@ -118,14 +120,14 @@ def multi_outer(
     if M * K * rows == 0:
         return out.zero_()
     t = config or tile("multi_outer", arch(x), x.dtype, M, K)
-    bands = triton.cdiv(M, BAND)
+    bands = cdiv(M, BAND)
     sums = x.new_empty((bands, rows, K), dtype=torch.float32) if bands > 1 else out
-    with on_device(x):
-        _multi_outer_kernel[(triton.cdiv(K, t.BLOCK_K), G * triton.cdiv(f.shape[1] + 1, t.BLOCK_R), bands)](
-            x, f, routes.order, routes.counts, start, rank, biased, factor, *(drops or (x, x)), sums,
-            M, K, G, rows, f.shape[1], *x.stride(),
-            BY_FEATURE=by_feature, DROPOUT=drops is not None, SLOTS=triton.next_power_of_2(G), BAND=BAND,
-            PIECES=pieces(x.dtype, (torch.float32,), dtype), INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
+    launch(
+        _multi_outer_kernel, (cdiv(K, t.BLOCK_K), G * cdiv(f.shape[1] + 1, t.BLOCK_R), bands),
+        (x, f, routes.order, routes.counts, start, rank, biased, factor, *(drops or (x, x)), sums),
+        (M, K, G, rows, f.shape[1], *x.stride()),
+        BY_FEATURE=by_feature, DROPOUT=drops is not None, SLOTS=power_of_two(G), BAND=BAND,
+        PIECES=pieces(x.dtype, (torch.float32,), dtype), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     return out if sums is out else reduce(sums, out)

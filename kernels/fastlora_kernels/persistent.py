@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_kernels.device import INTERPRET, on_device, processors
+from fastlora_kernels.device import INTERPRET, processors
 from fastlora_kernels.dot import cast, dot, pieces
+from fastlora_kernels.launch import launch
 from fastlora_kernels.members import GROUP, strides
 from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile
 
 
@@ -30,12 +32,12 @@ def _persistent_kernel(
     w0_desc,
     w1_desc,
     w2_desc,
+    y_desc,
     bias_ptr,
     h_ptrs,
     b_ptrs,
     lora_bias_ptr,
     seeds_ptr,
-    y_desc,
     M,
     N,
     Ks,
@@ -135,20 +137,19 @@ def persistent(
         for w, n in zip(ws, by_n, strict=True)
     ]
     absent = [None] * (GROUP - len(xs))
-    tiles = triton.cdiv(M, t.BLOCK_M) * triton.cdiv(N, t.BLOCK_N)
-    with on_device(y):
-        _persistent_kernel[(min(tiles, processors(y)),)](
-            *x_descs, *absent, *w_descs, *absent,
-            bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
-            lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y,
-            TensorDescriptor.from_tensor(y, [t.BLOCK_M, min(t.BLOCK_N, 128)]),
-            M, N, tuple(x.shape[1] for x in xs), tuple(h.shape[1] for h in terms.hs),
-            bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
-            lora_bias.stride(0) if lora_bias is not None else 0, tuple(terms.scales), terms.thresholds,
-            HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
-            PIECES=pieces(y.dtype, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
-            W_BY_N=by_n, SPECIALIZE=t.specialize, INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t),
-            GROUP_M=8, **t.options,
-        )  # fmt: skip
+    tiles = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N)
+    launch(
+        _persistent_kernel, (min(tiles, processors(y)), 1, 1),
+        (bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
+         lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y),
+        (M, N, tuple(x.shape[1] for x in xs), tuple(h.shape[1] for h in terms.hs),
+         bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+         lora_bias.stride(0) if lora_bias is not None else 0, tuple(map(float, terms.scales)), terms.thresholds),
+        (*x_descs, *absent, *w_descs, *absent, TensorDescriptor.from_tensor(y, [t.BLOCK_M, min(t.BLOCK_N, 128)])),
+        HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+        PIECES=pieces(y.dtype, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
+        W_BY_N=by_n, SPECIALIZE=t.specialize, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t),
+        GROUP_M=t.GROUP_M, **t.options,
+    )  # fmt: skip
     return y

@@ -8,8 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, on_device
+from fastlora_kernels.device import INTERPRET
 from fastlora_kernels.dot import cast
+from fastlora_kernels.launch import launch
+from fastlora_kernels.sizes import cdiv
 
 
 @triton.jit(do_not_specialize=["PARTS"])
@@ -40,11 +42,10 @@ def reduce_each(parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     parts: [P, …] fp32 each, contiguous, of one P.   outs: [...] any float dtype, contiguous, written.
     """
     sizes, block = tuple(out.numel() for out in outs), 1024
-    with on_device(outs[0]):
-        _reduce_kernel[(triton.cdiv(max(sizes), block), len(outs))](
-            tuple(parts), tuple(outs), parts[0].shape[0], sizes,
-            INTERPRET=INTERPRET, BLOCK=block, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _reduce_kernel, (cdiv(max(sizes), block), len(outs), 1), (tuple(parts), tuple(outs)),
+        (parts[0].shape[0], sizes), INTERPRET=INTERPRET, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def reduce(parts: Tensor, out: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import on_device
+from fastlora_kernels.launch import launch
+from fastlora_kernels.sizes import cdiv, power_of_two
 
 TILE_ROWS = 16
 """Rows of a tile, whatever the batch: a row's sums then run through the same instructions in any company."""
@@ -105,7 +106,7 @@ class Routes:
 
     @classmethod
     def empty(cls, M: int, G: int, device: torch.device | str) -> Routes:
-        T = min(M, triton.cdiv(M, TILE_ROWS) + G)
+        T = min(M, cdiv(M, TILE_ROWS) + G)
         order, tiles, counts = (torch.zeros(size, dtype=torch.int32, device=device) for size in (M + 1, 3 * T + 3, G))
         return cls(order[:M], tiles.view(-1, 3)[: max(T, 1)], counts)
 
@@ -117,10 +118,9 @@ def route(slots: Tensor, routes: Routes) -> Routes:
     routes.
     """
     M, G = len(slots), len(routes.counts)
-    with on_device(slots):
-        _count_kernel[(G,)](slots, routes.counts, M, CHUNK=CHUNK)
-        _route_kernel[(G,)](
-            slots, routes.counts, routes.order, routes.tiles, M, G, len(routes.tiles),
-            TILE_ROWS=TILE_ROWS, SLOTS=triton.next_power_of_2(G), CHUNK=CHUNK,
-        )  # fmt: skip
+    launch(_count_kernel, (G, 1, 1), (slots, routes.counts), (M,), CHUNK=CHUNK)
+    launch(
+        _route_kernel, (G, 1, 1), (slots, routes.counts, routes.order, routes.tiles), (M, G, len(routes.tiles)),
+        TILE_ROWS=TILE_ROWS, SLOTS=power_of_two(G), CHUNK=CHUNK,
+    )  # fmt: skip
     return routes

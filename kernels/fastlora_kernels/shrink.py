@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
+from fastlora_kernels.launch import launch
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce
+from fastlora_kernels.sizes import cdiv, power_of_two
 from fastlora_kernels.tables import Tile, tile
 from fastlora_kernels.tiles import ranks_at, shrink_tile
 
@@ -68,7 +70,7 @@ def block_r(R: int, members: int = 1) -> int:
     members: how many accumulators share a tile of x; from two on each holds up to 64 ranks. With 128 the three take so
     many registers that a tile has 32 rows, and `a`, read once a tile, then comes out of L2 more often than x would.
     """
-    return min(max(triton.next_power_of_2(R), 16), 128 if members == 1 else 64)
+    return min(max(power_of_two(R), 16), 128 if members == 1 else 64)
 
 
 def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
@@ -78,8 +80,8 @@ def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
     least: the smallest piece worth a program.   No piece is empty.
     """
     wanted = max(1, min(256 // max(programs, 1), long // least))
-    size = triton.cdiv(triton.cdiv(long, wanted), block) * block
-    return triton.cdiv(long, size), size
+    size = cdiv(cdiv(long, wanted), block) * block
+    return cdiv(long, size), size
 
 
 def group_shrink(
@@ -106,17 +108,16 @@ def group_shrink(
     used = tuple(drops[i] for i in at)
     t = config or tile("shrink" if len(factors) == 1 else "group_shrink", arch(x), x.dtype, M, K, max(Rs))
     ranks = tuple(block_r(R, len(Rs)) for R in Rs)
-    grid_m, grid_r = triton.cdiv(M, t.BLOCK_M), max(map(triton.cdiv, Rs, ranks))
+    grid_m, grid_r = cdiv(M, t.BLOCK_M), max(map(cdiv, Rs, ranks))
     parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
     h = x.new_empty((parts, M, width), dtype=torch.float32)
-    with on_device(x):
-        _shrink_kernel[(grid_m, grid_r, parts)](
-            x, tuple(factors), seeds if seeds is not None else x, h, M, K, Rs, width, k_chunk, *x.stride(),
-            *strides(factors),
-            tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at),
-            SEEDS=used, PIECES=tuple(pieces(x.dtype, (a.dtype,), torch.float32) for a in factors), INTERPRET=INTERPRET,
-            BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
+    launch(
+        _shrink_kernel, (grid_m, grid_r, parts), (x, tuple(factors), seeds if seeds is not None else x, h),
+        (M, K, Rs, width, k_chunk, *x.stride(), *strides(factors),
+         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
+        SEEDS=used, PIECES=tuple(pieces(x.dtype, (a.dtype,), torch.float32) for a in factors), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     return h[0] if parts == 1 else reduce(h, h.new_empty((M, width)))
 
 

@@ -23,7 +23,8 @@ _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 class Tile:
     """One launch configuration. shrink and x use BLOCK_M, BLOCK_K; dy a BLOCK_M or BLOCK_N output and BLOCK_K steps.
 
-    BLOCK_R is the rank step of the GEMM's prologue; thin kernels hold up to 128 ranks at once.
+    BLOCK_R is the rank step of the GEMM's prologue; thin kernels hold up to 128 ranks at once. GROUP_M: how many blocks
+    of a GEMM's rows are walked together, so that they share their columns of w in L2.
     tma: expand and dx in their persistent form, where the operands allow it; specialize: with warps for loads alone.
     """
 
@@ -33,6 +34,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     BLOCK_R: int = 32
+    GROUP_M: int = 8
     tma: bool = False
     specialize: bool = False
 
@@ -78,13 +80,16 @@ def tile(
 
 
 @lru_cache(maxsize=4096)
-def strategy(arch: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, kernel: str = "expand") -> tuple[str, str]:
+def strategy(
+    arch: str, dtype: torch.dtype, M: int, N: int, K: int, R: int, kernel: str = "expand", masks: int = 0
+) -> tuple[str, str]:
     """("fused" | "split", why) for the main GEMM [M, K]·[K, N] of `kernel`: a pure function of the arguments.
 
-    kernel: "expand", where N is out features, or "dx", where K is.
+    kernel: "expand", where N is out features, "dx", where K is, or "group_dx", where K is all members'.   masks: how
+    many of a dx's members drop.
     """
     chosen = table(arch)
     for row in chosen["strategy"]:
-        if row.get("kernel", kernel) == kernel and admits(row, dtype, M=M, N=N, K=K, R=R):
+        if row.get("kernel", kernel) == kernel and admits(row, dtype, M=M, N=N, K=K, R=R, masks=masks):
             return row["strategy"], f"table {chosen['name']}, {row['source']}: {row['why']}"
     raise LookupError(f"table {arch}: no strategy of {kernel!r} admits {dtype}, M {M}, N {N}, K {K}, R {R}")

@@ -94,7 +94,7 @@ def shrink_tile(
             dropped = _drop(x, seeds[i], offs_m, k, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
             f_tile = f_cols[i] + offs_k.to(tl.int64)[:, None] * strides_fk[i]
             f = tl.load(f_tile, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-            sums = sums + (dot(dropped, f, accs[i], PIECES[i], INTERPRET),)
+            sums = sums + (dot(dropped, f, accs[i], PIECES[i], INTERPRET, ROUNDED=True),)
         accs = sums
     return accs
 
@@ -143,6 +143,6 @@ def outer_tile(
             mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
             dropped = _drop(x, seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
             f = tl.load(f_cols[i] + rows * strides_fm[i], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-            sums = sums + (dot(tl.trans(dropped), f, accs[i], PIECES[i], INTERPRET),)
+            sums = sums + (dot(tl.trans(dropped), f, accs[i], PIECES[i], INTERPRET, ROUNDED=True),)
         accs = sums
     return accs

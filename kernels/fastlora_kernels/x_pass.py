@@ -9,13 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch, on_device
+from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.dy_pass import bands
+from fastlora_kernels.launch import launch
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce_each
 from fastlora_kernels.shrink import block_r
+from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 from fastlora_kernels.tiles import outer_tile, ranks_at
 
@@ -86,14 +88,14 @@ def group_x_pass(
     ranks = tuple(block_r(R, len(Rs)) for R in Rs)
     n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
     parts = [x.new_empty((n_bands, R, K), dtype=torch.float32) for R in Rs] if n_bands > 1 else outs
-    with on_device(x):
-        _x_kernel[(triton.cdiv(K, t.BLOCK_K), max(map(triton.cdiv, Rs, ranks)), n_bands)](
-            x, tuple(factors), seeds if seeds is not None else x, tuple(parts), M, K, Rs, band_rows, *x.stride(),
-            *strides(factors),
-            tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at),
-            SEEDS=tuple(drops[i] for i in at), PIECES=tuple(pieces(x.dtype, (torch.float32,), o.dtype) for o in outs),
-            INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
-        )  # fmt: skip
+    launch(
+        _x_kernel, (cdiv(K, t.BLOCK_K), max(map(cdiv, Rs, ranks)), n_bands),
+        (x, tuple(factors), seeds if seeds is not None else x, tuple(parts)),
+        (M, K, Rs, band_rows, *x.stride(), *strides(factors),
+         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
+        SEEDS=tuple(drops[i] for i in at), PIECES=tuple(pieces(x.dtype, (torch.float32,), o.dtype) for o in outs),
+        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+    )  # fmt: skip
     if n_bands > 1:
         reduce_each(parts, outs)
     return das

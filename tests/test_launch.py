@@ -1,0 +1,120 @@
+"""A launch that was seen before is the kernel that Triton would have found anew: on a driver that launches nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SEEN_AGAIN = """
+from importlib import import_module
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+launched = []
+
+
+class Launcher:
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, *words):
+        launched.append((words[4], words[:3], words[9:]))  # the binary, the grid, what the kernel is given
+
+
+class Utils:
+    binaries = 0
+
+    def load_binary(self, *_):
+        self.binaries += 1
+        return self.binaries, self.binaries, 32, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448}
+
+
+class Nowhere:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+driver.set_active(Nowhere())
+module = import_module("fastlora_kernels.launch")
+own, straight = module.launch, 0
+
+
+def both(kernel, grid, tensors, numbers, descriptors=(), **constants):
+    global straight
+    kernel[grid](*descriptors, *tensors, *numbers, **constants)
+    compiled = kernel.run
+    own(kernel, grid, tensors, numbers, descriptors, **constants)
+    kernel.run = None  # the second time nobody may ask Triton, unless a tensor is not aligned
+    aligned = all(t.data_ptr() % 16 == 0 for each in tensors for t in (each if isinstance(each, tuple) else (each,)))
+    try:
+        own(kernel, grid, tensors, numbers, descriptors, **constants)
+        assert aligned
+        straight += 1
+    except TypeError:
+        assert not aligned
+        launched.append(launched[-1])
+    finally:
+        kernel.run = compiled
+    (binary, size, given), *rest = launched[-3:]
+    for other in rest:
+        assert other[:2] == (binary, size), (other[:2], binary, size)
+        kept = len(descriptors) + len(tensors) + len(numbers)
+        assert len(other[2]) == len(given)
+        assert all(a is b or a == b for a, b in zip(other[2][:kept], given[:kept]))
+
+
+import fastlora_kernels as kernels
+from fastlora_kernels import Tile
+
+for name in ("shrink", "reduce", "expand", "persistent"):
+    import_module(f"fastlora_kernels.{name}").launch = both
+    if name in ("shrink", "expand"):
+        import_module(f"fastlora_kernels.{name}").arch = lambda _: "sm_90"
+reduce = import_module("fastlora_kernels.reduce").reduce
+
+
+def at(offset, *shape, dtype=torch.float32):
+    flat = torch.zeros(offset + torch.Size(shape).numel(), dtype=dtype)
+    return flat[offset:].view(shape)
+
+
+for parts, size, offset in ((2, 16, 0), (3, 16, 0), (2, 1, 0), (2, 17, 0), (2, 16, 1)):
+    reduce(at(offset, parts, size), at(0, size))
+reduce(at(0, 2, 16), at(0, 16, dtype=torch.bfloat16))
+for M, K, offset in ((1, 48, 0), (16, 48, 0), (17, 48, 0), (17, 50, 0), (17, 48, 4)):
+    kernels.shrink(at(offset, M, K), at(0, 4, K))
+for scale in (1.0, 0.5, 2):
+    y = at(0, 4, 24)
+    kernels.add_expand(y, at(0, 4, 1), at(0, 24, 1), scale, out=y)
+for dtype, N in ((torch.bfloat16, 64), (torch.float16, 64), (torch.bfloat16, 72)):
+    x, w, b = at(0, 40, 32, dtype=dtype), at(0, N, 32, dtype=dtype), at(0, N, 1)
+    for weight in (w, at(0, 32, N, dtype=dtype).t()):
+        kernels.expand(x, weight, None, at(0, 40, 1), b, 0.5, config=Tile(32, 32, 32, tma=True))
+print(straight, Nowhere.utils.binaries)
+"""
+
+
+def test_what_was_seen_is_what_triton_would_find() -> None:
+    """By size and alignment, dtype and number: the same binary, grid and arguments, without asking Triton again."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    env["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "kernels"), env.get("PYTHONPATH", "")))
+    done = subprocess.run([sys.executable, "-c", SEEN_AGAIN], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    straight, binaries = map(int, done.stdout.split())
+    assert straight == 19 and binaries >= 13
