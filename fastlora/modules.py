@@ -148,7 +148,7 @@ class LoRALinear(nn.Module):
         """Which path forward would take for x, and why."""
         if self.merged:
             return dispatch.Decision("torch", None, None, "merged: the plain linear layer")
-        return dispatch.decide(x, self.out_features, self.r)
+        return dispatch.decide(x, self.out_features, self.r, drops=self.training and self.lora_dropout > 0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None:

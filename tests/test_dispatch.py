@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import fastlora_kernels
 from fastlora import dispatch, ops
 from fastlora.functional import lora_linear
 from fastlora_kernels import Tile, device, strategy, table, tile
+from fastlora_kernels.launch import on_device
 
 TABLES = sorted(p.stem for p in (Path(fastlora_kernels.__file__).parent / "tables").glob("*.json"))
 SIZES = (1, 7, 16, 17, 64, 512, 4096, 10**6)
@@ -53,9 +55,9 @@ def test_a_launch_goes_to_its_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> No
     entered: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", lambda d: entered.append(d))
-    device.on_device(OnGPU(0))  # type: ignore[arg-type]
+    on_device(OnGPU(0))  # type: ignore[arg-type]
     assert entered == []
-    device.on_device(OnGPU(1))  # type: ignore[arg-type]
+    on_device(OnGPU(1))  # type: ignore[arg-type]
     assert entered == [torch.device("cuda", 1)]
 
 
@@ -105,6 +107,22 @@ def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decision.path == "triton" and decision.strategy in ("fused", "split") and decision.tile
     assert "table interpreter" in str(decision)
     assert json.loads(json.dumps(decision.tile)) == decision.tile
+
+
+def test_few_rows_on_a_gpu_run_on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless something drops, whose mask is the kernels', or the kernels were asked for; a bank's rows stay theirs."""
+    monkeypatch.setattr(ops, "triton_unavailable", lambda _: None)
+    monkeypatch.setattr(ops.kernels, "arch", lambda _: "sm_90")
+    with FakeTensorMode():
+        few, many = (torch.empty(rows, 8, 64, device="cuda", dtype=torch.bfloat16) for rows in (2, 3))
+    assert dispatch.backend_for(few) == "torch" and dispatch.backend_for(many) == "triton"
+    assert dispatch.decide(few, 64, 4).why == (
+        "few rows: calls cost more than arithmetic unless backend='triton' is asked for"
+    )
+    assert dispatch.decide(many, 64, 4).path == dispatch.decide(few, 64, 4, drops=True).path == "triton"
+    assert dispatch.backend_for(few, "triton") == dispatch.backend_of(few) == "triton"
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    assert dispatch.backend_for(few) == "triton"
 
 
 def test_the_tile_told_is_the_form_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,12 +198,11 @@ def test_stride_zero_and_transposed_inputs(backend: str) -> None:
     t = make(torch.float32, torch.float32)
     strided = {**t, "x": torch.randn(61, 29, 3).permute(2, 1, 0), "weight": t["weight"].detach().t().contiguous().t()}
     strided = {name: v.detach().requires_grad_() for name, v in strided.items()}
-    dense = {name: v.detach().contiguous().requires_grad_() for name, v in strided.items()}
+    exact = {name: v.detach().double().requires_grad_() for name, v in strided.items()}
     one = torch.ones(()).expand(3, 29, 55)  # what .sum() sends back
+    usual, wanted = (outputs(lambda u: plain_linear(*u.values(), None), t, one) for t in (strided, exact))
     for name, actual in outputs(lambda u: ours(u, 0.0, backend), strided, one).items():
-        exact = {n: v.detach().double().requires_grad_() for n, v in dense.items()}
-        plain = outputs(lambda u: plain_linear(*u.values(), None), dense, one.contiguous())
-        assert_close(actual, plain[name], outputs(lambda u: plain_linear(*u.values(), None), exact, one)[name], name)
+        assert_close(actual, usual[name], wanted[name], name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import eager, ops, reference
+from fastlora import dispatch, eager, ops, reference
 from fastlora.functional import Projection, draw_seed, lora_gated_mlp
 
 BACKENDS = ("torch", "triton")
@@ -44,6 +44,7 @@ Leaves = dict[str, Tensor]
 def _as_one(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """However few the rows, one op; and every tensor on `device`."""
     monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+    monkeypatch.setattr(dispatch, "FEW_ROWS", 0)
     with torch.device(device):
         yield
 

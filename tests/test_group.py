@@ -10,7 +10,7 @@ import torch
 from tolerance import assert_close, assert_same
 from torch import Tensor
 
-from fastlora import eager, ops, reference
+from fastlora import dispatch, eager, ops, reference
 from fastlora.functional import draw_seed, lora_linear, lora_linear_group
 
 BACKENDS = ("torch", "triton")
@@ -34,6 +34,7 @@ Group = dict[str, Tensor]
 def _grouped(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """However few the rows, a group; and every tensor on `device`."""
     monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+    monkeypatch.setattr(dispatch, "FEW_ROWS", 0)
     with torch.device(device):
         yield
 

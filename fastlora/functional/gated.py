@@ -62,7 +62,7 @@ def _backward(ctx: Any, dy: Tensor, needs: Sequence[Any]) -> list[Any]:
             dy, x, g, u, tensors[:3], tensors[3:6], tensors[6:], h, h_down, seeds, ctx.scales, ctx.ps, ctx.activation,
             *wants, ctx.backend,
         )  # fmt: skip
-        if opaque(dy, ctx.backend):
+        if opaque(dy):
             grads = iter(torch.ops.fastlora.lora_gated_backward(*inputs))
             dx = next(grads) if need_x else None
             das, dbs = ([next(grads) if need else None for need in each] for each in (need_as, need_bs))
@@ -100,7 +100,7 @@ class _LoRAGated(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seeds: Tensor | None, scales: Any, ps: Any, *rest: Any) -> Tensor:
         activation, backend, *flat = rest
         inputs = (x, *_by_layer(flat), seeds, scales, ps, activation, backend)
-        output = face("lora_gated", x, backend)(*inputs)
+        output = face("lora_gated", x)(*inputs)
         _setup(ctx, inputs, output)
         return output[0]
 
@@ -137,14 +137,14 @@ def lora_gated_mlp(
     in `lora_linear`, with an independent mask when training.   activation: "silu", "gelu" (erf), "gelu_tanh", "relu" or
     "relu2".   Under autocast x and the weights are cast to its dtype.
     Returns y: [..., N] in x's dtype.  Saves x (an alias), gate(x) and up(x): [M, I], each adapter's h (M·R fp32) and
-    8 bytes of seed; the activation is computed again in backward. On a CPU few rows run layer by layer.
+    8 bytes of seed; the activation is computed again in backward. On torch few rows run layer by layer.
     Raises ValueError, TypeError naming the layer and the argument that does not fit.   (Shazeer 2020, "GLU variants")
     """
     layers = gate, up, down
     autocast = check_gated(x, gate, up, down, activation)
-    where = dispatch.backend_of(x, backend)
+    where = dispatch.backend_for(x, backend)
     if not together(x, where, 2):
-        return _apart(x, layers, activation, training, where)
+        return _apart(x, layers, activation, training, backend)
     weights = [layer[0] for layer in layers]
     if autocast is not None:
         x, weights = x.to(autocast), [w.to(autocast) for w in weights]
@@ -170,12 +170,12 @@ def lora_gated_mlp(
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in flat)):
         y = _LoRAGated.apply(x, seeds, scales, ps, activation, where, *flat)
         return y
-    y = face("lora_gated", x, where)(x, *lists, seeds, scales, ps, activation, where)[0]
+    y = face("lora_gated", x)(x, *lists, seeds, scales, ps, activation, where)[0]
     return y
 
 
 def _apart(
-    x: Tensor, layers: tuple[Projection, Projection, Projection], activation: str, training: bool, backend: str
+    x: Tensor, layers: tuple[Projection, Projection, Projection], activation: str, training: bool, backend: str | None
 ) -> Tensor:
     """Layer by layer, where calls cost more than arithmetic."""
     members = [(w, bias, a, b, scaling, p, lora_bias) for w, bias, a, b, scaling, lora_bias, p in layers]

@@ -57,7 +57,7 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None], needs: Sequence[Any]) -> l
             [absent if dy is None else dy for dy in dys], x, ws, as_, bs, h, seeds, ctx.scales, ctx.ps,
             need_x, need_as, need_bs, ctx.backend,
         )  # fmt: skip
-        if opaque(first, ctx.backend):
+        if opaque(first):
             grads = iter(torch.ops.fastlora.lora_group_backward(*inputs))
             dx = next(grads) if need_x else None
             das, dbs = ([next(grads) if need else None for need in list_] for list_ in (need_as, need_bs))
@@ -94,7 +94,7 @@ class _LoRAGroup(torch.autograd.Function):
         ctx: Any, x: Tensor, seeds: Tensor | None, scales: list[float], ps: list[float], backend: str, *flat: Any
     ) -> Any:
         inputs = (x, *_by_member(flat), seeds, scales, ps, backend)
-        ys, h = face("lora_group", x, backend)(*inputs)
+        ys, h = face("lora_group", x)(*inputs)
         _setup(ctx, inputs, (ys, h))
         ctx.set_materialize_grads(False)
         if not x.requires_grad:  # as a layer by itself whose every input is frozen
@@ -120,7 +120,7 @@ torch.library.register_autograd("fastlora::lora_group_backward", no_second_deriv
 
 def together(x: Tensor, backend: str, members: int) -> bool:
     """Whether layers that share x: [..., K] run as a group: not where calls cost more than arithmetic."""
-    return 1 < members <= ops.GROUP and (backend != "torch" or not x.is_cpu or x.numel() > ops.FEW_INPUTS)
+    return 1 < members <= ops.GROUP and (backend != "torch" or not dispatch.few_rows(x))
 
 
 def lora_linear_group(
@@ -149,9 +149,9 @@ def lora_linear_group(
     added = [None] * count if lora_biases is None else list(lora_biases)
     given = weights, biases, lora_As, lora_Bs, scalings, ps, added
     autocast = check_group(x, *given)
-    where = dispatch.backend_of(x, backend)
+    where = dispatch.backend_for(x, backend)
     if not together(x, where, count) or all(a is None for a in lora_As):
-        return apart(x, list(zip(*given, strict=True)), training, where)
+        return apart(x, list(zip(*given, strict=True)), training, backend)
     if autocast is not None:
         x, weights = x.to(autocast), [w.to(autocast) for w in weights]
     probabilities = [float(p) if training and a is not None else 0.0 for p, a in zip(ps, lora_As, strict=True)]
@@ -180,10 +180,10 @@ def _run(
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in flat)):
         ys: tuple[Tensor, ...] = _LoRAGroup.apply(x, seeds, scales, ps, backend, *flat)
         return ys
-    return tuple(face("lora_group", x, backend)(*inputs)[0])
+    return tuple(face("lora_group", x)(*inputs)[0])
 
 
-def apart(x: Tensor, members: Sequence[tuple[Any, ...]], training: bool, backend: str) -> tuple[Tensor, ...]:
+def apart(x: Tensor, members: Sequence[tuple[Any, ...]], training: bool, backend: str | None) -> tuple[Tensor, ...]:
     """One after the other, where a group of them costs more than it saves."""
     return tuple(
         linear(x, weight, bias)

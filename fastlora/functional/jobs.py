@@ -76,7 +76,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Any], list[Any]
         ctx.backend,
     )  # fmt: skip
     dx, das, dbs, dlora_biases = None, none, none, none
-    if opaque(dy, ctx.backend):
+    if opaque(dy):
         grads = iter(torch.ops.fastlora.jobs_backward(*inputs))
         dx, da, db = (next(grads) if need else None for need in needs)
     else:
@@ -110,7 +110,7 @@ class _JobsLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
         inputs = (x, w, bias, *_by_job(flat), *plain)
-        output = face("jobs_linear", x, plain[-1])(*inputs)
+        output = face("jobs_linear", x)(*inputs)
         _setup_linear(ctx, inputs, output, stamped=True)
         return output[0]
 
@@ -126,7 +126,7 @@ class _JobsUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
         inputs = (y, x, *_by_job(flat), *plain)
-        output = face("jobs_update", x, plain[-1])(*inputs)
+        output = face("jobs_update", x)(*inputs)
         _setup_update(ctx, inputs, output, stamped=True)
         return output[0]
 
@@ -157,7 +157,7 @@ def _run(
         return getattr(torch.ops.fastlora, name)(*head, *lists, *plain)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*head, *flat)):
         return rule.apply(*head, plain, *flat)
-    return face(name, head[0], plain[-1])(*head, *lists, *plain)[0]
+    return face(name, head[0])(*head, *lists, *plain)[0]
 
 
 def _prepared(

@@ -46,7 +46,7 @@ def _low_rank_grads(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tenso
     if not (need_x or need_a or need_b):
         return None, None, None
     inputs = (dy, *saved, ctx.scale, ctx.p, need_x, need_a, need_b, ctx.backend)
-    if not opaque(dy, ctx.backend):
+    if not opaque(dy):
         return ops.gradients(*inputs)
     grads = iter(torch.ops.fastlora.lora_backward(*inputs))
     return tuple(next(grads) if need else None for need in (need_x, need_a, need_b))
@@ -100,7 +100,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = face("lora_linear", inputs[0], inputs[-1])(*inputs)
+        output = face("lora_linear", inputs[0])(*inputs)
         _linear_setup(ctx, inputs, output)
         return output[0]
 
@@ -112,7 +112,7 @@ class _LoRAUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = face("lora_update", inputs[0], inputs[-1])(*inputs)
+        output = face("lora_update", inputs[0])(*inputs)
         _update_setup(ctx, inputs, output)
         return output[0]
 
@@ -142,7 +142,7 @@ class _FewRows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, h = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if not (opaque(dy, "torch") or torch.is_autocast_enabled("cpu")):
+        if not (opaque(dy) or torch.is_autocast_enabled("cpu")):
             return *ops.few.backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs), None
         grads = iter(torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs, "torch"))
         return *(next(grads) if need else None for need in needs), None
@@ -159,7 +159,7 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any) -> Tensor
         return getattr(torch.ops.fastlora, name)(*inputs)[0]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return rule.apply(*inputs)
-    return face(name, inputs[0], inputs[-1])(*inputs)[0]
+    return face(name, inputs[0])(*inputs)[0]
 
 
 def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None, p: float) -> bool:
@@ -204,7 +204,7 @@ def lora_linear(
         x, weight = x.to(autocast), weight.to(autocast)
     p = dropout_p if training else 0.0
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
-    where = dispatch.backend_of(x, backend)
+    where = dispatch.backend_for(x, backend, p > 0)
     seed = draw_seed(x) if p > 0 else None
     if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias, p):
         if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
@@ -240,7 +240,7 @@ def lora_update(
     p = dropout_p if training else 0.0
     seed = draw_seed(x) if p > 0 else None
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
-    where = dispatch.backend_of(x, backend)
+    where = dispatch.backend_for(x, backend, p > 0)
     return _run(
         "lora_update", _LoRAUpdate,
         y, x, lora_A, lora_B, lora_bias, seed, scale, p, dtype or y.dtype, where,

@@ -112,7 +112,7 @@ def projections(module: Any, x: Tensor | None = None) -> list[Projection] | str:
             layers.append(Projection(plan.weight, bias))  # type: ignore[arg-type]
     if all(layer.lora_A is None for layer in layers):
         return "no active adapter in it"
-    if x is not None and not functional.together(x, dispatch.backend_of(x), 2):
+    if x is not None and not functional.together(x, dispatch.backend_for(x), 2):
         return "few rows: calls cost more than arithmetic"
     return layers
 

@@ -72,7 +72,9 @@ class _Fused(nn.Module):
         N, R = plan.adapters[0].b.shape[0], max(adapter.a.shape[0] for adapter in plan.adapters)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        decision = dispatch.decide(x, N, R, dtype=dtype)
+        decision = dispatch.decide(
+            x, N, R, dtype=dtype, drops=any(adapter.p > 0 and adapter.training for adapter in plan.adapters)
+        )
         if path == "fused":
             if self._siblings is None:
                 return decision

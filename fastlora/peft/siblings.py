@@ -155,7 +155,7 @@ class Siblings:
 
     def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
         """What every member would run on x; or why they run one by one.   plan: of the member at index."""
-        if not functional.together(x, dispatch.backend_of(x), len(self.layers)):
+        if not functional.together(x, dispatch.backend_for(x), len(self.layers)):
             return "few rows: calls cost more than arithmetic"
         if not torch.compiler.is_compiling() and x.is_inference():
             return "an inference tensor does not tell when it has changed"
