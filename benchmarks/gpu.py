@@ -108,8 +108,10 @@ def environment(run: Run, seconds: float) -> dict[str, Any]:
 def tests(run: Run, seconds: float) -> dict[str, Any]:
     """The tests that carry the marker gpu; on a CPU their interpreted twins at one rank."""
     which = ["-m", "gpu", "tests"] if run.device == "cuda" else ["-k", "fp32-16", "tests/test_kernels.py"]
-    workers = ["-n", "8"] if run.device == "cuda" and _has("xdist") else []
-    words = [sys.executable, "-m", "pytest", "-v", "-r", "N", "--tb=short", "-p", "no:cacheprovider", *workers, *which]
+    # a worker a core: they compile most of the time
+    workers = ["-n", str(os.cpu_count())] if run.device == "cuda" and _has("xdist") else []
+    # without tracebacks at the end each failure is said as it comes (conftest.py), so that no time limit hides it
+    words = [sys.executable, "-m", "pytest", "-v", "-r", "N", "--tb=no", "-p", "no:cacheprovider", *workers, *which]
     code, text = run.command(*words, seconds=seconds)
     counts = {word.lower(): len(re.findall(rf"\b{word}\b", text)) for word in ("PASSED", "FAILED", "ERROR")}
     state = "no test ran" if code == 0 and not counts["passed"] else _ended(code)

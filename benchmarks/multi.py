@@ -124,7 +124,10 @@ def measure(case: Case, bench: Bench) -> Found:
         except AssertionError as refusal:
             found.refused.append(f"{case.name} {impl}: {first_line(refusal)}")
             del sides[impl]
-    entries = [Entry(impl, "forward", lambda _, run=run: run(tokens[0])) for impl, run in sides.items()]
+    # PEFT picks each adapter's rows by Python lists, a copy to the GPU that no graph holds
+    entries = [
+        Entry(impl, "forward", lambda _, run=run: run(tokens[0]), capture=impl != "peft") for impl, run in sides.items()
+    ]
     times = race(entries, bench.rounds, bench.machine.flush)
     M, R = case.size.requests * case.tokens, max(case.ranks)
     subject = Subject("multi", case.name, M, 0, 0, R, case.dtype, case.dtype, 0.0, case.adapters)
@@ -216,12 +219,22 @@ def _bank(model: nn.Module, states: States, case: Case) -> Run:
     for index, (config, state) in enumerate(states):
         bank.load_adapter(state, f"a{index}", config=config)
     run, names = _run(served), _names(case)
+    slots = [-1 if slot < 0 else bank.slot(f"a{slot}") for slot in case.slots()]
+    mapping = torch.tensor(slots, dtype=torch.int32, device=model.device).repeat_interleave(case.tokens)
 
     def use(tokens: Tensor) -> Tensor:
         with bank.use(adapter_names=names):
             return run(tokens)
 
-    return use
+    def replay(tokens: Tensor) -> Tensor:
+        """By the mapping, as an engine does whose steps are a captured graph: what routes the rows is part of it."""
+        bank.prepare(mapping)
+        try:
+            return run(tokens)
+        finally:
+            bank.prepare(None)
+
+    return replay if model.device.type == "cuda" else use
 
 
 class _Gathered(nn.Module):

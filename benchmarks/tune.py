@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import math
 import multiprocessing
 import os
@@ -21,19 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastlora_kernels as kernels
 from benchmarks.adopt import write
 from benchmarks.audit_cases import AXES
-from benchmarks.probe import DTYPES, KERNELS, SCALE, Operands, Problem, Yardstick, operands, run
+from benchmarks.probe import DTYPES, KERNELS, Problem, Yardstick, operands, run
+from benchmarks.strategies import Race, strategy_rows, warm_both
 from fastlora_kernels import Tile, table
 from fastlora_kernels.tables import admits
 
 Timer = Callable[[Callable[[], Any], Tile | None], float]
 """Milliseconds of a launch; the tile is what a stub clock looks at."""
 
-LIMITS = {"BLOCK_M": (16, 256), "BLOCK_N": (16, 256), "BLOCK_K": (16, 256), "BLOCK_R": (16, 64), "num_warps": (2, 8)}
+LIMITS = {
+    **{f"BLOCK_{axis}": (16, 256) for axis in "MNK"},
+    **{"BLOCK_R": (16, 64), "num_warps": (2, 8), "GROUP_M": (2, 64)},
+}
 WORTH = 0.98
 """A step must save two per cent: less is noise."""
 
@@ -48,6 +52,18 @@ class Grid:
     mixes: tuple[tuple[str, str], ...]
     source: str
     """What the rows then say of themselves; `adopt` takes no row of a stub clock."""
+    groups: tuple[tuple[tuple[int, ...], int], ...]
+    """(N of each member, K) of layers that share an input: q, k, v and gate, up."""
+
+    def races(self) -> Iterator[Race]:
+        """Each layer's expand and dx, and each group's dx; a dx without masks and with all. What matters most first."""
+        R = self.ranks[0]
+        for (main, adapter), M in itertools.product(self.mixes, self.rows):
+            for N, K in self.layers:
+                yield Race((Problem("expand", M, N, K, R, main, adapter),), 0)
+            for Ns, K in (*(((N,), K) for N, K in self.layers), *self.groups):
+                members = tuple(Problem("dx", M, N, K, R, main, adapter) for N in Ns)
+                yield from (Race(members, masks) for masks in (0, len(Ns)))
 
     def problems(self, kernel: str) -> Iterator[Problem]:
         for main, adapter in self.mixes:
@@ -64,8 +80,9 @@ GRIDS = {
         ranks=(16, 64, 256),
         mixes=(("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")),
         source="measured",
+        groups=(((4096, 1024, 1024), 4096), ((14336, 14336), 4096)),
     ),
-    "cpu": Grid((24, 7), ((40, 56), (56, 40)), (4,), (("fp32", "fp32"),), source="stub clock"),
+    "cpu": Grid((24, 7), ((40, 56), (56, 40)), (4,), (("fp32", "fp32"),), "stub clock", (((40, 24), 56),)),
 }
 
 
@@ -87,11 +104,12 @@ def stub_clock(launch: Callable[[], Any], t: Tile | None) -> float:
 def neighbours(kernel: str, t: Tile) -> list[Tile]:
     """The tiles one step away on each axis that the kernel reads."""
     found = []
-    for axis in [f"BLOCK_{letter}" for letter in AXES[kernel]] + ["num_warps"]:
+    gemm = kernel in ("expand", "dx")
+    for axis in [f"BLOCK_{letter}" for letter in AXES[kernel]] + ["num_warps"] + ["GROUP_M"] * gemm:
         least, most = LIMITS[axis]
         value = getattr(t, axis)
         found += [replace(t, **{axis: v}) for v in (value * 2, value // 2) if least <= v <= most]
-    if kernel in ("expand", "dx"):
+    if gemm:
         found.append(replace(t, tma=not t.tma, specialize=False))
     return found + [replace(t, num_stages=n) for n in (t.num_stages + 1, t.num_stages - 1) if 1 <= n <= 5]
 
@@ -117,6 +135,7 @@ class Bench:
         self.operands = [operands(problem, device) for problem in problems]
         self.yardstick = Yardstick.of(problems[0].kernel, self.operands[0])
         self.scores: dict[Tile, float] = {}
+        self.refusals: dict[Tile, str] = {}
 
     def score(self, t: Tile) -> float:
         """Milliseconds; infinite for a tile that does not run, or runs wrong."""
@@ -126,13 +145,17 @@ class Bench:
             except Exception as error:  # the compiler's and the driver's refusals have no common type
                 if not _refused(error):
                     raise
-                self.scores[t] = math.inf
+                self.refuse(t, f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")
         return self.scores[t]
+
+    def refuse(self, t: Tile, why: str) -> float:
+        self.scores[t], self.refusals[t] = math.inf, why
+        return math.inf
 
     def _score(self, t: Tile) -> float:
         kernel = self.problems[0].kernel
         if not self.yardstick.admits(run(kernels, kernel, self.operands[0], config=t)):
-            return math.inf
+            return self.refuse(t, "its results err more than the tolerance policy allows")
         times = [self.timer(lambda o=o: run(kernels, kernel, o, config=t), t) for o in self.operands]  # type: ignore[misc]
         return math.exp(sum(map(math.log, times)) / len(times))
 
@@ -161,6 +184,7 @@ class Tuner:
         self.device, self.timer, self.deadline, self.grid = device, timer, deadline, grid or GRIDS[device]
         self.table: dict[str, Any] = {name: copy.deepcopy(v) for name, v in table(arch).items() if name != "name"}
         context = multiprocessing.get_context("spawn")
+        self.raced: dict[Race, dict[str, Any]] = {}
         self.pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs else None
 
     @property
@@ -183,15 +207,20 @@ class Tuner:
         return sorted(found, key=urgency)
 
     def tiles(self) -> Iterator[dict[str, Any]]:
-        """Tune row after row; yields {"kernel", "row", "from", "to", "gain"} for each that was measured."""
+        """Tune row after row; yields {"kernel", "row", "from", "to", "gain"} for each that was measured.
+
+        Where neither a row's tile nor a neighbour of it gives right results, "to" is None, "why" says what came, and
+        the row stays as it was.
+        """
         for kernel, index, problems in self.rows():
             if self.late:
                 return
             row = self.table["tiles"][kernel][index]
             bench, start = Bench(problems, self.device, self.timer), Tile(**row["tile"])
             best = self.descend(bench, kernel, start)
-            if bench.score(best) == math.inf:
-                raise RuntimeError(f"table row {index} of {kernel}: its tile {start} neither runs nor has a neighbour")
+            if bench.score(best) == math.inf:  # the rows after it still have something to gain
+                yield {"kernel": kernel, "row": index, "from": asdict(start), "to": None, "why": bench.refusals[start]}
+                continue
             row["tile"] = {name: value for name, value in asdict(best).items() if name in row["tile"] or best != start}
             row["source"] = self.grid.source
             gain = bench.score(start) / bench.score(best)
@@ -215,31 +244,29 @@ class Tuner:
     def strategies(self) -> Iterator[dict[str, Any]]:
         """Time *fused* beside *split* on the grid's layers, with the tiles as they now are, and put rows on top.
 
-        Yields {"kernel", "M", "N", "K", "dtype", "fused", "split"} (ms).
+        What an earlier call measured stays until it is measured again.
+        Yields {"kernel", "M", "N", "K", "dtype", "masks", "fused", "split"} (ms).
         """
-        measured: list[dict[str, Any]] = []
-        for kernel in ("expand", "dx"):
-            for main, adapter in self.grid.mixes:
-                for N, K in self.grid.layers:
-                    for M in self.grid.rows:
-                        if self.late:
-                            break
-                        found = self.both_ways(Problem(kernel, M, N, K, self.grid.ranks[0], main, adapter))
-                        measured.append(found)
-                        yield found
-        kept = [row for row in self.table["strategy"] if row["source"] == "predicted"]
-        self.table["strategy"] = [*strategy_rows(measured, self.grid.source), *kept]
+        races = [self.with_tiles(race) for race in self.grid.races()]
+        for start in range(0, len(races), 8):
+            few = races[start : start + 8]
+            if self.late:
+                break
+            if self.pool is not None:
+                list(self.pool.map(warm_both, few))
+            for race in few:
+                times = {way: self.timer(run_it, None) for way, run_it in race.ways(self.device).items()}
+                self.raced[replace(race, tiles=None)] = found = {**race.sizes, **times}
+                kept = [row for row in self.table["strategy"] if row["source"] == "predicted"]
+                self.table["strategy"] = [*strategy_rows(list(self.raced.values()), self.grid.source), *kept]
+                yield found
 
-    def both_ways(self, problem: Problem) -> dict[str, Any]:
-        t = operands(problem, self.device)
-        tiles = {name: self.tile_of(replace(problem, kernel=name)) for name in (problem.kernel, "add")}
-        ways = {
-            "fused": lambda: run(kernels, problem.kernel, t, config=tiles[problem.kernel]),
-            "split": lambda: split(problem.kernel, t, tiles["add"]),
-        }
-        times = {way: self.timer(launch, None) for way, launch in ways.items()}
-        N, K = (problem.N, problem.K) if problem.kernel == "expand" else (problem.K, problem.N)
-        return {"kernel": problem.kernel, "M": problem.M, "N": N, "K": K, "dtype": problem.main, **times}
+    def with_tiles(self, race: Race) -> Race:
+        """A layer's race with the tiles that its two ways take; a group's take those of the package's table."""
+        if len(race.members) > 1:
+            return race
+        (problem,) = race.members
+        return replace(race, tiles=(self.tile_of(problem), self.tile_of(replace(problem, kernel="add"))))
 
     def tile_of(self, problem: Problem) -> Tile:
         sizes = {"M": problem.M, "N": problem.width, "R": problem.R}
@@ -247,32 +274,12 @@ class Tuner:
         return Tile(**next(row["tile"] for row in rows if admits(row, problem.dtype, **sizes)))
 
 
-def split(kernel: str, t: Operands, add: Tile) -> Tensor:
-    """The main GEMM by the vendor's library and the low-rank term added in place."""
-    if kernel == "expand":
-        y = torch.nn.functional.linear(t.x, t.w, t.bias)
-        return kernels.add_expand(y, t.h, t.b, SCALE, out=y, config=add)
-    return kernels.add_dx(torch.mm(t.dy, t.w), t.dh, t.a, t.dy.dtype, p=t.p, seed=t.seed, config=add)
-
-
-def strategy_rows(measured: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
-    """Rows for each measured layer, by M: the faster way up to each M; neighbours that agree are one row."""
-    rows: list[dict[str, Any]] = []
-    groups = dict.fromkeys((m["kernel"], m["dtype"], m["N"], m["K"]) for m in measured)
-    for kernel, dtype, N, K in groups:
-        of = [m for m in measured if (m["kernel"], m["dtype"], m["N"], m["K"]) == (kernel, dtype, N, K)]
-        mine: list[dict[str, Any]] = []
-        for m in sorted(of, key=lambda m: m["M"]):
-            best = "fused" if m["fused"] < m["split"] else "split"
-            why = f"fused {m['fused']:.3f} ms, split {m['split']:.3f} ms at M = {m['M']}"
-            if mine and mine[-1]["strategy"] == best:
-                mine[-1] |= {"max_M": m["M"], "why": why}
-            else:
-                sizes = {"kernel": kernel, "dtype": [dtype], "N": N, "K": K, "max_M": m["M"]}
-                mine.append({**sizes, "strategy": best, "source": source, "why": why})
-        del mine[-1]["max_M"]  # beyond the largest M measured, as there
-        rows += mine
-    return rows
+def race_strategies(tuner: Tuner, path: Path) -> None:
+    for way in tuner.strategies():
+        sizes = f"M {way['M']:5}  N {way['N']:5}  K {way['K']:5}  {way['masks']} masks"
+        times = f"fused {way['fused']:.3f} ms  split {way['split']:.3f} ms"
+        print(f"{way['kernel']:9}{way['dtype']} {sizes}  {times}", flush=True)
+        write(path, tuner.table)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,25 +293,25 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = args.device == "cuda"
     timer = event_clock if on_gpu else stub_clock
     jobs = min(8, (os.cpu_count() or 2) // 2) if on_gpu else 0
-    # a quarter of the time is for strategies, which need the tiles
-    tuner = Tuner(arch, args.device, timer, start + 0.75 * args.seconds, jobs)
+    tuner = Tuner(arch, args.device, timer, start + 0.35 * args.seconds, jobs)
     path = args.out / f"{arch}.json"
+    race_strategies(tuner, path)  # first, for they may gain most, and again with the tiles that were found
+    tuner.deadline = start + 0.8 * args.seconds
+    broken = 0
     for found in tuner.tiles():
+        if found["to"] is None:
+            broken += 1
+            print(f"{found['kernel']:8}row {found['row']}  no tile near {found['from']}: {found['why']}", flush=True)
+            continue
         changed = {k: v for k, v in found["to"].items() if v != found["from"][k]}
         print(f"{found['kernel']:8}row {found['row']}  {found['gain']:.2f}×  {changed or 'kept'}", flush=True)
         write(path, tuner.table)
     tuner.deadline = start + args.seconds
-    for way in tuner.strategies():
-        sizes = f"M {way['M']:5}  N {way['N']:5}  K {way['K']:5}"
-        print(
-            f"{way['kernel']:8}{way['dtype']} {sizes}  fused {way['fused']:.3f} ms  split {way['split']:.3f} ms",
-            flush=True,
-        )
-        write(path, tuner.table)
+    race_strategies(tuner, path)
     write(path, tuner.table)
     sources = [row["source"] for rows in tuner.table["tiles"].values() for row in rows]
     print(f"{path}: {sources.count(tuner.grid.source)} of {len(sources)} tiles {tuner.grid.source}")
-    return 0
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

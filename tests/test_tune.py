@@ -16,7 +16,8 @@ import torch
 from benchmarks import adopt, gpu, tune
 from benchmarks.adopt import checked, text_of
 from benchmarks.records import BadInput
-from benchmarks.tune import Bench, Problem, Tuner, neighbours, reaching, strategy_rows, stub_clock
+from benchmarks.strategies import strategy_rows
+from benchmarks.tune import Bench, Problem, Tuner, neighbours, reaching, stub_clock
 from fastlora_kernels import Tile, strategy, table, tile
 from fastlora_kernels.tables import FOLDER
 
@@ -59,9 +60,26 @@ def test_a_tile_that_computes_wrong_or_does_not_compile_is_no_candidate(monkeypa
 
     monkeypatch.setattr(tune, "run", run)
     assert bench.score(good) < math.inf and bench.score(wrong) == bench.score(refused) == math.inf
+    assert list(bench.refusals) == [wrong, refused] and "tolerance" in bench.refusals[wrong]
     monkeypatch.setattr(tune, "run", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # an error of our own is not a refusal
         bench.score(Tile(128))
+
+
+def test_a_row_without_a_right_tile_is_said_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = dataclasses.replace(tune.GRIDS["cpu"], rows=(7,), layers=((16, 24),))
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=grid)
+    right, before = tune.run, json.dumps(tuner.table["tiles"]["shrink"])
+
+    def run(module: Any, kernel: str, *args: Any, **config: Any) -> Any:
+        results = right(module, kernel, *args, **config)
+        return tuple(2 * result for result in results) if kernel == "shrink" and config else results
+
+    monkeypatch.setattr(tune, "run", run)
+    monkeypatch.setattr(tune, "KERNELS", ("shrink", "x"))
+    found = {entry["kernel"]: entry for entry in tuner.tiles()}
+    assert found["shrink"]["to"] is None and "tolerance" in found["shrink"]["why"] and found["x"]["to"]
+    assert json.dumps(tuner.table["tiles"]["shrink"]) == before
 
 
 def test_no_time_leaves_the_table_as_it_was() -> None:
@@ -91,11 +109,22 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
 def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
     times = [
-        dict(kernel="expand", dtype="bf16", N=64, K=48, M=M, fused=1.0, split=M / 700) for M in (2048, 512, 1024, 1)
+        dict(kernel="expand", dtype="bf16", N=64, K=48, M=M, masks=0, fused=1.0, split=M / 700)
+        for M in (2048, 512, 1024, 1)
+    ]
+    masked = [
+        dict(kernel="group_dx", dtype="bf16", N=64, K=48, M=9, masks=masks, fused=masks, split=0.5) for masks in (3, 0)
     ]
     rows = strategy_rows(times, "measured")
     assert [(row["strategy"], row.get("max_M")) for row in rows] == [("split", 512), ("fused", None)]
-    own = {**table("sm_90"), "strategy": [*rows, {"strategy": "split", "source": "predicted", "why": "else"}]}
+    own = {
+        **table("sm_90"),
+        "strategy": [
+            *rows,
+            *strategy_rows(masked, "measured"),
+            {"strategy": "split", "source": "predicted", "why": "else"},
+        ],
+    }
     adopt.write(tmp_path / "sm_90.json", {name: own[name] for name in own if name != "name"})
     monkeypatch.setenv("FASTLORA_TABLES", str(tmp_path))
     for cached in (table, strategy):
@@ -104,6 +133,11 @@ def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path:
         bf16 = torch.bfloat16
         assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 9999)] == ["split", "fused", "fused"]
         assert strategy("sm_90", bf16, 1024, 64, 48, 16, "dx")[1].endswith("else")
+        assert [strategy("sm_90", bf16, 9, 64, 48, 16, "group_dx", masks)[0] for masks in (0, 1, 3)] == [
+            "fused",
+            "split",
+            "split",
+        ]
         assert strategy("sm_90", bf16, 1024, 48, 64, 16)[1].endswith("else")
         assert strategy("sm_90", torch.float16, 1024, 64, 48, 16)[1].endswith("else")
         assert table("sm_80")["tiles"] == json.loads((FOLDER / "sm_80.json").read_text())["tiles"]

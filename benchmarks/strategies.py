@@ -1,0 +1,96 @@
+"""*Fused* or *split*: a main GEMM run both ways, and the rows of a table that say which was faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastlora_kernels as kernels
+from benchmarks.probe import SCALE, Problem, operands, run
+from fastlora_kernels import Tile
+
+
+@dataclass(frozen=True)
+class Race:
+    """The main GEMM of a layer, or the dx of a group, *fused* beside *split*.
+
+    members: one of expand or dx, or those of dx that share an input.   masks: how many of them drop.
+    tiles: forced ones of the fused kernel and of the update in place.
+    """
+
+    members: tuple[Problem, ...]
+    masks: int
+    tiles: tuple[Tile, Tile] | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What names it in a table's row."""
+        first, N = self.members[0], sum(member.N for member in self.members)
+        kernel = first.kernel if len(self.members) == 1 else "group_dx"
+        N, K = (N, first.K) if kernel == "expand" else (first.K, N)
+        return {"kernel": kernel, "M": first.M, "N": N, "K": K, "dtype": first.main, "masks": self.masks}
+
+    def ways(self, device: str) -> dict[str, Callable[[], Any]]:
+        """Both, on fresh operands.   Split: the GEMM by the vendor's library, and the low-rank terms added in place."""
+        layers = [operands(member, device) for member in self.members]
+        fused, add = self.tiles or (None, None)
+        t, kernel = layers[0], self.members[0].kernel
+        if kernel == "expand":
+
+            def apart() -> Tensor:
+                y = torch.nn.functional.linear(t.x, t.w, t.bias)
+                return kernels.add_expand(y, t.h, t.b, SCALE, out=y, config=add)
+
+            return {"fused": lambda: run(kernels, kernel, t, config=fused), "split": apart}
+        dys, ws, dhs, as_ = ([getattr(t, name) for t in layers] for name in ("dy", "w", "dh", "a"))
+        how = {
+            "ps": [0.1] * self.masks + [0.0] * (len(layers) - self.masks),
+            "seeds": torch.stack([t.seed for t in layers]),
+        }
+
+        def added() -> Tensor:
+            grad = torch.mm(dys[0], ws[0])
+            for dy, w in zip(dys[1:], ws[1:], strict=True):
+                grad.addmm_(dy, w)
+            return kernels.group_add_dx(grad, dhs, as_, grad.dtype, **how, config=add)
+
+        return {"fused": lambda: kernels.group_dx(dys, ws, dhs, as_, **how, config=fused), "split": added}
+
+
+def warm_both(race: Race) -> None:
+    """Compile both ways by running them once, in a process of its own."""
+    for way in race.ways("cuda").values():
+        way()
+    torch.cuda.synchronize()
+
+
+def strategy_rows(measured: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
+    """Rows for each measured layer, by M: the faster way up to each M; neighbours that agree are one row.
+
+    Those of few masks come first; what was measured with the most has no bound on them.
+    """
+    rows: list[dict[str, Any]] = []
+    layers: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
+    for m in measured:
+        by_masks = layers.setdefault((m["kernel"], m["dtype"], m["N"], m["K"]), {})
+        by_masks.setdefault(m["masks"], []).append(m)
+    for (kernel, dtype, N, K), masks, of in (
+        (layer, *entry) for layer, found in layers.items() for entry in sorted(found.items())
+    ):
+        bound = {} if masks == max(layers[kernel, dtype, N, K]) else {"max_masks": masks}
+        mine: list[dict[str, Any]] = []
+        for m in sorted(of, key=lambda m: m["M"]):
+            best = "fused" if m["fused"] < m["split"] else "split"
+            why = f"fused {m['fused']:.3f} ms, split {m['split']:.3f} ms at M = {m['M']}"
+            if mine and mine[-1]["strategy"] == best:
+                mine[-1] |= {"max_M": m["M"], "why": why}
+            else:
+                sizes = {"kernel": kernel, "dtype": [dtype], "N": N, "K": K, "max_M": m["M"]}
+                mine.append({**sizes, **bound, "strategy": best, "source": source, "why": why})
+        del mine[-1]["max_M"]  # beyond the largest M measured, as there
+        rows += mine
+    return rows
