@@ -22,7 +22,7 @@ FEW_INPUTS = 2**16
 GEMM_ROWS = 4
 """M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
 
-WIDE_PRODUCTS = 2**15
+WIDE_THIN_PRODUCTS = 2**15
 """M·N·R from which the factors repay their copies to fp32 on a CPU without a matmul of their 16 bits."""
 
 
@@ -129,7 +129,7 @@ def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether products of rows, x or dy, with the adapter run in the dtype of all three."""
     if not rows.dtype is a.dtype is b.dtype:
         return False
-    return native(rows) or rows.numel() * a.shape[0] < WIDE_PRODUCTS
+    return native(rows) or rows.numel() * a.shape[0] < WIDE_THIN_PRODUCTS
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
