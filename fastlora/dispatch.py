@@ -18,7 +18,7 @@ BACKENDS = ("triton", "torch")
 
 FEW_ROWS = 16
 """M up to which a layer on a GPU runs on torch, unless something drops or the kernels are asked for: the arithmetic is
-the same few µs, and three calls into torch took 50 µs of a host beside an H200, ours 216 (and two thirds of it since)."""
+the same few µs, and three calls into torch took 50 µs of the host beside an H200, ours 216 (two thirds of it since)."""
 
 
 @dataclass
