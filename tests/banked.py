@@ -10,7 +10,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from models import lora_config
+from models import logits, lora_config
 from peft import PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -58,12 +58,6 @@ def rows(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     return {key: t[row : row + 1] for key, t in inputs.items()}
 
 
-@torch.no_grad()
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    out: Tensor = model(**inputs).logits
-    return out
-
-
 def names(mapping: list[int | None]) -> list[str | None]:
     return [None if r is None else f"r{RANKS[r]}" for r in mapping]
 
@@ -86,3 +80,13 @@ def bank_with(models: dict[str | None, nn.Module], **options: Any) -> AdapterBan
 
 def model_of(bank: AdapterBank) -> Any:
     return bank._attached.model
+
+
+def bank_of(base: nn.Module, **options: Any) -> AdapterBank:
+    return AdapterBank(copy.deepcopy(base), **{"max_loras": 4, "max_total_rank": 16, **options})
+
+
+def output(bank: AdapterBank, *names: str | None) -> Tensor:
+    inputs = {"input_ids": torch.arange(3, 3 + 5 * len(names)).view(len(names), 5)}
+    with bank.use(names):
+        return logits(bank._attached.model, inputs)

@@ -1,4 +1,4 @@
-"""Groups forced on small models: who runs in one, and how often."""
+"""Groups of small models, by force and by family: who runs in one, and how often."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers
+from models import VOCABULARY, base_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from tolerance import assert_all_close
 from torch import Tensor, nn
@@ -46,13 +48,6 @@ def wrap(model: nn.Module, **options: Any) -> PeftModel:
 def group_calls() -> Iterator[mock.Mock]:
     """Count the calls of functional.lora_linear_group, which still run."""
     with mock.patch.object(functional, "lora_linear_group", wraps=functional.lora_linear_group) as calls:
-        yield calls
-
-
-@contextmanager
-def gated_calls() -> Iterator[mock.Mock]:
-    """Count the calls of functional.lora_gated_mlp, which still run."""
-    with mock.patch.object(functional, "lora_gated_mlp", wraps=functional.lora_gated_mlp) as calls:
         yield calls
 
 
@@ -135,3 +130,32 @@ def through_a_view(model: Any, x: Tensor) -> None:
 
 def call_one_alone(model: Any, x: Tensor) -> None:
     model.that(x + 2)
+
+
+IDS = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+QKV, MLP = "q_proj k_proj v_proj", "gate_proj up_proj"
+
+
+def gated_t5() -> nn.Module:
+    sizes = dict(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**IDS, **sizes, decoder_start_token_id=0))
+
+
+def causal(name: str, **options: Any) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(**IDS, **SIZES, **options)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+STRUCTURES = {
+    "llama": (lambda: base_model("llama"), {QKV, MLP}, 4),
+    "qwen3": (lambda: base_model("qwen3"), {QKV, MLP}, 4),
+    "gpt2": (lambda: base_model("gpt2"), set(), 0),  # c_attn is fused already
+    "mistral": (lambda: causal("Mistral", num_key_value_heads=1), {QKV, MLP}, 4),
+    "gemma": (lambda: causal("Gemma", head_dim=16, num_key_value_heads=1), {QKV, MLP}, 4),
+    "phi3": (lambda: causal("Phi3", num_key_value_heads=1), set(), 0),  # qkv_proj and gate_up_proj
+    "phi": (lambda: causal("Phi"), {QKV}, 2),
+    "t5": (gated_t5, {"q k v", "k v", "wi_0 wi_1"}, 2 * (2 + 3)),  # k v of the cross-attention, whose q has another x
+    "bert": (lambda: transformers.BertForMaskedLM(transformers.BertConfig(**IDS, **SIZES)), {"query key value"}, 2),
+}
+"""By family: what builds it, the kinds of group in it, and how many groups."""

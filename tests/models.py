@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +89,12 @@ def step(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> dict[str
     return {"logits": out.logits, "loss": out.loss, **grads}
 
 
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
+    out: Tensor = model(**inputs, **kwargs).logits
+    return out
+
+
 @dataclass
 class Calls:
     """How often each functional op has run since `counted` began."""
@@ -117,6 +124,13 @@ def copies(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     ours = copy.deepcopy(model)
     fastlora.patch(ours)
     return ours, copy.deepcopy(model).double()
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def assert_parity(build: Callable[[], nn.Module], run: Run, family: str = "llama", draws: int = 3) -> None:

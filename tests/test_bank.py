@@ -12,7 +12,6 @@ import torch
 from banked import (
     RANKS,
     bank_with,
-    logits,
     model_of,
     names,
     prompter,
@@ -23,7 +22,7 @@ from banked import (
     tenant,
     tenants_of,
 )
-from models import base_model, batch, peft_model
+from models import base_model, batch, logits, peft_model
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from tolerance import FACTOR_OF_ONE_AMONG_MANY, assert_all_close, assert_same, one_rounding, relative_error
 from torch import Tensor, nn

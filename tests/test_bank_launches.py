@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from banked import bank_with, logits, model_of, names, rows, tenant, tenants_of
-from models import base_model, batch
+from banked import bank_with, model_of, names, rows, tenant, tenants_of
+from models import base_model, batch, logits
 from tolerance import assert_same, one_rounding, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from banked import logits, state_of, tenant
-from models import base_model
+from banked import state_of, tenant
+from models import base_model, logits
 from tolerance import relative_error
 from torch import Tensor
 

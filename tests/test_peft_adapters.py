@@ -17,6 +17,7 @@ from models import (
     batch,
     copies,
     counted,
+    logits,
     lora_config,
     lora_layers,
     peft_model,
@@ -37,11 +38,6 @@ def two_adapters(family: str = "llama", **options: Any) -> PeftModel:
     model = peft_model(family)
     model.add_adapter("other", lora_config(family, **{"r": 6, "lora_alpha": 5, **options}))
     return model
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, **kwargs).logits
 
 
 @pytest.mark.parametrize("family", FAMILIES)

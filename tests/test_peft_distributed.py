@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from grouping import gated_calls, group_calls
+from gating import gated_calls
+from grouping import group_calls
 from models import batch, counted, lora_layers, peft_model, step
 from processes import WORLD, each
 from tolerance import assert_all_close
