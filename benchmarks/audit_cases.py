@@ -78,7 +78,7 @@ class Case:
         axes = AXES[self.kernel]
         blocks = "x".join(str(getattr(self.tile, f"BLOCK_{axis}")) for axis in axes if axis != "R")
         step = f" r{self.tile.BLOCK_R}" if "R" in axes else ""
-        form = " tma" * self.tile.tma + " specialized" * self.tile.specialize
+        form = " tma" * self.tile.tma + " specialized" * self.tile.specialize + " flat" * self.tile.flatten
         size = f"{blocks}{step} w{self.tile.num_warps} s{self.tile.num_stages}{form}" if axes else "1024"
         dtypes = self.main if self.main == self.adapter else f"{self.main}+{self.adapter}"
         return self.arch, self.kernel, size, dtypes, str(self.rank), self.flags

@@ -110,7 +110,11 @@ def neighbours(kernel: str, t: Tile) -> list[Tile]:
         value = getattr(t, axis)
         found += [replace(t, **{axis: v}) for v in (value * 2, value // 2) if least <= v <= most]
     if gemm:
-        found.append(replace(t, tma=not t.tma, specialize=False))
+        found.append(replace(t, tma=not t.tma, specialize=False, flatten=False, programs=1))
+        if t.tma:  # what a flattened prologue leaves of shared memory is three stages; two programs halve a tile
+            found.append(replace(t, flatten=not t.flatten, num_stages=min(t.num_stages, 3)))
+            half = replace(t, BLOCK_N=t.BLOCK_N // 2, num_warps=4, num_stages=2, programs=2)
+            found += [half] * (t.programs == 1 and t.BLOCK_N >= 64)
     return found + [replace(t, num_stages=n) for n in (t.num_stages + 1, t.num_stages - 1) if 1 <= n <= 5]
 
 

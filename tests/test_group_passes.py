@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
 
 import plain
 import pytest
@@ -25,6 +24,7 @@ from grouped import (
     group,
     hold,
 )
+from launches import watch
 from operands import LAYOUTS, double
 from tolerance import assert_close, assert_same
 from torch import Tensor
@@ -202,21 +202,7 @@ def test_only_what_is_wanted(device: str) -> None:
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels launched so far, in order."""
     names: list[str] = []
-
-    class Counted:
-        def __init__(self, name: str, kernel: Any) -> None:
-            self.name, self.kernel = name, kernel
-
-        def __getitem__(self, grid: Any) -> Any:
-            names.append(self.name)
-            return self.kernel[grid]
-
-    for module, name in (
-        ("shrink", "shrink"), ("dy_pass", "dy"), ("x_pass", "x"), ("expand", "expand"), ("persistent", "persistent"),
-        ("reduce", "reduce"),
-    ):  # fmt: skip
-        home = import_module(f"fastlora_kernels.{module}")
-        monkeypatch.setattr(home, f"_{name}_kernel", Counted(name, getattr(home, f"_{name}_kernel")))
+    watch(monkeypatch, names.append)
     return names
 
 

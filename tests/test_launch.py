@@ -54,15 +54,15 @@ module = import_module("fastlora_kernels.launch")
 own, straight = module.launch, 0
 
 
-def both(kernel, grid, tensors, numbers, descriptors=(), **constants):
+def both(kernel, grid, tensors, numbers, descriptors=(), options=None, **constants):
     global straight
-    kernel[grid](*descriptors, *tensors, *numbers, **constants)
+    kernel[grid](*descriptors, *tensors, *numbers, **constants, **options or {})
     compiled = kernel.run
-    own(kernel, grid, tensors, numbers, descriptors, **constants)
+    own(kernel, grid, tensors, numbers, descriptors, options, **constants)
     kernel.run = None  # the second time nobody may ask Triton, unless a tensor is not aligned
     aligned = all(t.data_ptr() % 16 == 0 for each in tensors for t in (each if isinstance(each, tuple) else (each,)))
     try:
-        own(kernel, grid, tensors, numbers, descriptors, **constants)
+        own(kernel, grid, tensors, numbers, descriptors, options, **constants)
         assert aligned
         straight += 1
     except TypeError:

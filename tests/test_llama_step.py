@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 
 import pytest
 import torch
 import transformers
+from launches import watch
 from peft import LoraConfig, get_peft_model
 from tolerance import assert_close
 
 import fastlora
 from fastlora import dispatch
 
-JIT = {
-    "shrink": ("shrink",), "expand": ("expand",), "dy_pass": ("dy",), "x_pass": ("x",), "reduce": ("reduce",),
-    "glu": ("glu", "glu_backward"),
-}  # fmt: skip
-"""The kernels of each module, by their names between underscores there."""
-
-
-class Counting:
-    """A jitted kernel that counts its launches."""
-
-    def __init__(self, name: str, kernel: object, counts: Counter[str]) -> None:
-        self.name, self.kernel, self.counts = name, kernel, counts
-
-    def __getitem__(self, grid: object) -> object:
-        self.counts[self.name] += 1
-        return self.kernel[grid]  # type: ignore[index]
-
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
-    for home, names in JIT.items():
-        module = importlib.import_module(f"fastlora_kernels.{home}")
-        for name in names:
-            kernel = getattr(module, f"_{name}_kernel")
-            monkeypatch.setattr(module, f"_{name}_kernel", Counting(name, kernel, counts))
+    watch(monkeypatch, lambda name: counts.update([name]))
     return counts
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import watch
 from operands import SCALE, Layer, a_seed, bf16, fp16, fp32, lay, layer
 from test_kernels import dropout, hold
 from tolerance import assert_same
@@ -35,20 +36,10 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The forms of the GEMM launched so far, in order."""
     launched: list[str] = []
 
-    class Counted:
-        def __init__(self, name: str, launch: Any) -> None:
-            self.name, self.launch = name, launch
+    def see(kernel: str) -> None:
+        launched.append("tma" if kernel == "persistent" else "plain")
 
-        def __call__(self, *args: Any) -> Any:
-            launched.append(self.name)
-            return self.launch(*args)
-
-        def __getitem__(self, grid: Any) -> Any:
-            launched.append(self.name)
-            return self.launch[grid]
-
-    monkeypatch.setattr(gemm, "persistent", Counted("tma", gemm.persistent))
-    monkeypatch.setattr(gemm, "_expand_kernel", Counted("plain", gemm._expand_kernel))
+    watch(monkeypatch, see, "expand", "persistent")
     return launched
 
 
@@ -62,6 +53,19 @@ def test_expand(mix: str, R: int, forms: list[str], device: str) -> None:
     assert forms == ["tma", "plain"]
     if device == "cpu":
         assert_same(y, plain)
+
+
+@dropout
+@pytest.mark.parametrize("R", [7, 40])
+@pytest.mark.parametrize("other", [dict(flatten=True), dict(programs=2), dict(flatten=True, programs=2)], ids=str)
+def test_the_loops_as_one_and_two_programs_a_processor(other: Any, R: int, p: float, device: str) -> None:
+    """The same bits: each tile sums in the same order, whoever walks to it; with 40 ranks the loop over them stays."""
+    t, seed = layer("bf16+fp32", R, device, M, K, N), a_seed(device)
+    for launch in (
+        lambda config: kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config),
+        lambda config: kernels.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed, config=config),
+    ):
+        assert_same(launch(replace(described(R), **other)), launch(described(R)))
 
 
 @dropout

@@ -104,6 +104,12 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
     for t in around:
         changed = [name for name, value in vars(t).items() if value != getattr(start, name)]
         assert len(changed) == 1 and t.BLOCK_M >= 16 and t.BLOCK_N <= 256 and t.num_warps <= 8 and t.num_stages >= 1
+    described = Tile(128, 256, 64, num_warps=8, num_stages=4, tma=True)
+    assert dataclasses.replace(described, flatten=True, num_stages=3) in neighbours("dx", described)
+    assert dataclasses.replace(described, BLOCK_N=128, num_warps=4, num_stages=2, programs=2) in neighbours(
+        "dx", described
+    )
+    assert not any(t.flatten or t.programs > 1 for t in neighbours("dx", described) if not t.tma)
 
 
 def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def group_dy_pass(
         WANT_DH=tuple(want_dh), WANT_DB=tuple(want_db),
         H_PIECES=tuple(pieces(dy.dtype, (torch.float32,), b.dtype) for dy, b in zip(dys, bs, strict=True)),
         B_PIECES=tuple(pieces(dy.dtype, (b.dtype,), torch.float32) for dy, b in zip(dys, bs, strict=True)),
-        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, **t.options,
+        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, options=t.options,
     )  # fmt: skip
     if dh is not None and dh_out is not None and dh is not dh_out:
         reduce(dh, dh_out)

@@ -89,7 +89,7 @@ def _expand_kernel(
     acc = low_rank_tile(
         h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
         stride_lora_bias, pid_m, pid_n, scales, thresholds,
-        HAS_LORA_BIAS, SEEDS, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        HAS_LORA_BIAS, SEEDS, False, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if BASE == 0:
         for i in tl.static_range(len(x_ptrs)):
@@ -145,7 +145,7 @@ def _launch(
         MAIN_PIECES=pieces(main, tuple(w.dtype for w in ws), y.dtype),
         EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=t.GROUP_M,
-        **t.options,
+        options=t.options,
     )  # fmt: skip
     return y
 

@@ -196,7 +196,7 @@ def glu(
          keep_scale(p) if dropped else 1.0, threshold(p) if dropped else 0),
         ACTIVATION=activation, SHRINK=R > 0, DROPOUT=dropped,
         PIECES=pieces(g.dtype, (a.dtype,), torch.float32) if a is not None else 0, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, **t.options,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, options=t.options,
     )  # fmt: skip
     if h is None or parts == 1:
         return z, None if h is None else h[0]
@@ -227,6 +227,7 @@ def glu_backward(
     launch(
         _glu_backward_kernel, (cdiv(M, t.BLOCK_M), cdiv(K, t.BLOCK_K), 1),
         (g, u, dz, dg, du, z if z is not None else dg), (M, K, *g.stride(), *u.stride(), *dz.stride()),
-        ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K, **t.options,
+        ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K,
+        options=t.options,
     )  # fmt: skip
     return dg, du, z

@@ -20,7 +20,7 @@ from fastlora_kernels.device import INTERPRET
 _MOST = 4096
 """Launches that are remembered: every M of a server's batches is one more."""
 
-_seen: dict[tuple[Any, ...], Any] = {}
+_seen: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -36,32 +36,35 @@ def launch(
     tensors: tuple[Tensor | tuple[Tensor, ...], ...],
     numbers: tuple[Any, ...],
     descriptors: tuple[TensorDescriptor | None, ...] = (),
+    options: dict[str, Any] | None = None,
     **constants: Any,
 ) -> None:
-    """kernel[grid](*descriptors, *tensors, *numbers, **constants) on the GPU of the tensors.
+    """kernel[grid](*descriptors, *tensors, *numbers, **constants, **options) on the GPU of the tensors.
 
     numbers: ints and floats, or tuples of them; a parameter is always the one or the other, for 1 == 1.0.
-    descriptors: their tensors are aligned, or they could not be.   constants: the kernel's constexprs in its order, and
-    the compiler's options behind them.
+    descriptors: their tensors are aligned, or they could not be.   constants: the kernel's constexprs, in its order.
+    options: the compiler's.
     """
+    options = options or {}
     given = *descriptors, *tensors, *numbers
     flat = [t for each in tensors for t in (each if isinstance(each, tuple) else (each,))]
     with on_device(flat[0]):
         if INTERPRET or torch.version.hip:
-            kernel[grid](*given, **constants)
+            kernel[grid](*given, **constants, **options)
             return
         address = 0
         for t in flat:
             address |= t.data_ptr()
         values = tuple(constants.values())
         described = [d and (d.base.dtype, *d.block_shape) for d in descriptors]
-        key = id(kernel), flat[0].device.index, numbers, values, *described, *[t.dtype for t in flat]
+        what = id(kernel), flat[0].device.index, *options.values()
+        key = *what, numbers, values, *described, *[t.dtype for t in flat]
         known = _seen.get(key) if address % 16 == 0 else None
         if known is not None:
-            known[grid](*given, *values[: len(kernel.arg_names) - len(given)])
+            known[0][grid](*given, *values)
             return
-        known = kernel[grid](*given, **constants)
-        if address % 16 == 0 and known is not None:
+        compiled = kernel[grid](*given, **constants, **options)
+        if address % 16 == 0 and compiled is not None:
             if len(_seen) >= _MOST:
                 _seen.clear()
-            _seen[key] = known
+            _seen[key] = compiled, kernel  # which lives as long as its id is a key

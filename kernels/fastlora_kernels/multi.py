@@ -265,7 +265,7 @@ def multi_shrink(
         (M, K, len(start), width, *x.stride(), a_pool.stride(0), a_pool.stride(1)),
         SCALED=factor is not None, DROPOUT=drops is not None, SLOTS=power_of_two(len(start)),
         SPLIT=split, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
-        TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
+        TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, options=t.options,
     )  # fmt: skip
     return h
 
@@ -302,5 +302,5 @@ def multi_expand(
         (M, *(ys[i].shape[1] for i in three), len(start), h.shape[3], *(ys[i].stride(0) for i in three)),
         DROPOUT=drops is not None, SLOTS=power_of_two(len(start)), PARTS=h.shape[0], MEMBERS=members,
         PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
-        INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, **t.options,
+        INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, options=t.options,
     )  # fmt: skip

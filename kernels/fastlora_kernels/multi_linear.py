@@ -116,6 +116,6 @@ def multi_linear(
         (M, N, K, h.shape[2], *x.stride(), *w.stride(), bias.stride(0) if bias is not None else 0, h.stride(0)),
         HAS_BIAS=bias is not None, PARTS=h.shape[0], PIECES=pieces(x.dtype, (w.dtype,), x.dtype),
         EVEN_N=N % t.BLOCK_N == 0, EVEN_K=K % t.BLOCK_K == 0, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, **t.options,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, options=t.options,
     )  # fmt: skip
     return y

@@ -128,6 +128,6 @@ def multi_outer(
         (M, K, G, rows, f.shape[1], *x.stride()),
         BY_FEATURE=by_feature, DROPOUT=drops is not None, SLOTS=power_of_two(G), BAND=BAND,
         PIECES=pieces(x.dtype, (torch.float32,), dtype), INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, **t.options,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, options=t.options,
     )  # fmt: skip
     return out if sums is out else reduce(sums, out)

@@ -56,6 +56,7 @@ def _persistent_kernel(
     PIECES: tl.constexpr,
     W_BY_N: tl.constexpr,
     SPECIALIZE: tl.constexpr,
+    FLATTEN: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,12 +68,12 @@ def _persistent_kernel(
     x_descs = (x0_desc, x1_desc, x2_desc)
     w_descs = (w0_desc, w1_desc, w2_desc)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = low_rank_tile(
             h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
             stride_lora_bias, pid_m, pid_n, scales, thresholds,
-            HAS_LORA_BIAS, SEEDS, BLOCK_N > 128, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+            HAS_LORA_BIAS, SEEDS, BLOCK_N > 128, FLATTEN, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for i in tl.static_range(len(Ks)):
@@ -125,7 +126,7 @@ def persistent(
     """y = Σ_i x_i·w_iᵀ + bias + the low-rank terms, written into y: [M, N]; for operands that `takes_tma`.
 
     xs: [M, K] each, ws: [N, K] or a transposed [K, N] each, y: of one 16-bit dtype.   t: the tile, whose `specialize`
-    gives loads and products warps of their own.
+    gives loads and products warps of their own, and whose `flatten` lets loads run on from a tile into the next.
     """
     (M, N), lora_bias = y.shape, terms.lora_bias
     by_n = tuple(map(_by_rows, ws))
@@ -137,9 +138,9 @@ def persistent(
         for w, n in zip(ws, by_n, strict=True)
     ]
     absent = [None] * (GROUP - len(xs))
-    tiles = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N)
+    tiles, step = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), rank_step(terms.rank, t)
     launch(
-        _persistent_kernel, (min(tiles, processors(y)), 1, 1),
+        _persistent_kernel, (min(tiles, t.programs * processors(y)), 1, 1),
         (bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
          lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y),
         (M, N, tuple(x.shape[1] for x in xs), tuple(h.shape[1] for h in terms.hs),
@@ -148,8 +149,8 @@ def persistent(
         (*x_descs, *absent, *w_descs, *absent, TensorDescriptor.from_tensor(y, [t.BLOCK_M, min(t.BLOCK_N, 128)])),
         HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
         PIECES=pieces(y.dtype, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
-        W_BY_N=by_n, SPECIALIZE=t.specialize, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t),
-        GROUP_M=t.GROUP_M, **t.options,
+        W_BY_N=by_n, SPECIALIZE=t.specialize, FLATTEN=t.flatten and terms.rank <= step, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=step,
+        GROUP_M=t.GROUP_M, options=t.options,
     )  # fmt: skip
     return y

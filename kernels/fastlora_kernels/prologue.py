@@ -61,6 +61,29 @@ def tile_at(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
 
 
 @triton.jit
+def _add_step(
+    h_rows,
+    b_cols,
+    acc,
+    r,
+    R,
+    stride_hr,
+    stride_br,
+    mask_m,
+    mask_n,
+    PIECES: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """acc + h·bᵀ over the ranks from r."""
+    offs_r = r + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < R
+    h = tl.load(h_rows + offs_r[None, :] * stride_hr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+    b = tl.load(b_cols + offs_r.to(tl.int64)[:, None] * stride_br, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    return dot(h, b, acc, PIECES, INTERPRET)
+
+
+@triton.jit
 def _add_product(
     h_ptr,
     b_ptr,
@@ -74,21 +97,19 @@ def _add_product(
     offs_n,
     mask_m,
     mask_n,
+    ONE_STEP: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + h·bᵀ of one tile, over all ranks."""
+    """acc + h·bᵀ of one tile, over all ranks.   ONE_STEP: R is at most BLOCK_R, and no loop is wanted."""
     h_rows = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
     b_cols = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
-    for r in tl.range(0, R, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        h = tl.load(h_rows + offs_r[None, :] * stride_hr, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
-        b = tl.load(
-            b_cols + offs_r.to(tl.int64)[:, None] * stride_br, mask=mask_r[:, None] & mask_n[None, :], other=0.0
-        )
-        acc = dot(h, b, acc, PIECES, INTERPRET)
+    if ONE_STEP:
+        acc = _add_step(h_rows, b_cols, acc, 0, R, stride_hr, stride_br, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R)
+    else:
+        for r in tl.range(0, R, BLOCK_R, num_stages=1):
+            acc = _add_step(h_rows, b_cols, acc, r, R, stride_hr, stride_br, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R)
     return acc
 
 
@@ -136,6 +157,7 @@ def low_rank_tile(
     HAS_LORA_BIAS: tl.constexpr,
     SEEDS: tl.constexpr,
     BY_HALVES: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -157,7 +179,7 @@ def low_rank_tile(
         term = acc if SEEDS[i] < 0 else tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         term = _add_product(
             h_ptrs[i], b_ptrs[i], term, Rs[i], strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i],
-            offs_m, offs_n, mask_m, mask_n, PIECES, INTERPRET, BLOCK_R,
+            offs_m, offs_n, mask_m, mask_n, ONE_STEP, PIECES, INTERPRET, BLOCK_R,
         )  # fmt: skip
         if HAS_LORA_BIAS:
             lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)

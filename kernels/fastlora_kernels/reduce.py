@@ -44,7 +44,8 @@ def reduce_each(parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     sizes, block = tuple(out.numel() for out in outs), 1024
     launch(
         _reduce_kernel, (cdiv(max(sizes), block), len(outs), 1), (tuple(parts), tuple(outs)),
-        (parts[0].shape[0], sizes), INTERPRET=INTERPRET, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+        (parts[0].shape[0], sizes), INTERPRET=INTERPRET, BLOCK=block,
+        options={"num_warps": 4, "enable_fp_fusion": True},
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def group_shrink(
         (M, K, Rs, width, k_chunk, *x.stride(), *strides(factors),
          tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
         SEEDS=used, PIECES=tuple(pieces(x.dtype, (a.dtype,), torch.float32) for a in factors), INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, options=t.options,
     )  # fmt: skip
     return h[0] if parts == 1 else reduce(h, h.new_empty((M, width)))
 

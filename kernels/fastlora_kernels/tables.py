@@ -25,7 +25,8 @@ class Tile:
 
     BLOCK_R is the rank step of the GEMM's prologue; thin kernels hold up to 128 ranks at once. GROUP_M: how many blocks
     of a GEMM's rows are walked together, so that they share their columns of w in L2.
-    tma: expand and dx in their persistent form, where the operands allow it; specialize: with warps for loads alone.
+    tma: expand and dx in their persistent form, where the operands allow it; specialize: with warps for loads alone;
+    flatten: with the loops over tiles and features as one, where the rank is one step; programs: on each processor.
     """
 
     BLOCK_M: int
@@ -37,6 +38,8 @@ class Tile:
     GROUP_M: int = 8
     tma: bool = False
     specialize: bool = False
+    flatten: bool = False
+    programs: int = 1
 
     @property
     def options(self) -> dict[str, Any]:

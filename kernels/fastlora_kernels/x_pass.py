@@ -94,7 +94,7 @@ def group_x_pass(
         (M, K, Rs, band_rows, *x.stride(), *strides(factors),
          tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
         SEEDS=tuple(drops[i] for i in at), PIECES=tuple(pieces(x.dtype, (torch.float32,), o.dtype) for o in outs),
-        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, **t.options,
+        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, options=t.options,
     )  # fmt: skip
     if n_bands > 1:
         reduce_each(parts, outs)
