@@ -41,22 +41,27 @@ dropout = pytest.mark.parametrize("p", [0.0, 0.3])
 
 def hold(actual: Any, op: str, *args: Any, **kwargs: Any) -> None:
     """`actual` is what `op` gives, by the policy: against PEFT's formulation, and against the twin."""
-    peft, twin = (getattr(module, op)(*args, **kwargs) for module in (plain, reference))
-    wanted = getattr(reference, op)(*map(double, args), **{name: double(value) for name, value in kwargs.items()})
-    assert actual.dtype == twin.dtype, f"{op}: dtype {actual.dtype}, wanted {twin.dtype}"
-    assert_close(actual, peft, wanted, op)
-    assert_close(actual, twin, wanted, f"{op} beside its twin")
+    hold_all([actual], op, [args], **kwargs)
+
+
+def hold_all(actual: list[Any], op: str, args: list[tuple[Any, ...]], **kwargs: Any) -> None:
+    """The results of several calls, held as one tensor."""
+    peft, twin = (torch.cat([getattr(module, op)(*one, **kwargs) for one in args]) for module in (plain, reference))
+    wide = {name: double(value) for name, value in kwargs.items()}
+    wanted = torch.cat([getattr(reference, op)(*map(double, one), **wide) for one in args])
+    result = torch.cat(actual)
+    assert result.dtype == twin.dtype, f"{op}: dtype {result.dtype}, wanted {twin.dtype}"
+    assert_close(result, peft, wanted, op)
+    assert_close(result, twin, wanted, f"{op} beside its twin")
 
 
 @dropout
 @cases
-def test_shrink(mix: str, R: int, p: float, device: str, request: pytest.FixtureRequest) -> None:
-    if (mix, R, p) == ("bf16", 1, 0.0):
-        why = "a step of 32 features is cut off twice: 6.67e-8 on an H200 and here, 5.96e-8 allowed beside the twin"
-        request.applymarker(pytest.mark.xfail(reason=why, strict=True, raises=AssertionError))
-    t, seed = layer(mix, R, device), a_seed(device)
-    h = kernels.shrink(t.x, t.a, p=p, seed=seed, config=small_tile(R))
-    hold(h, "shrink", t.x, t.a, p=p, seed=seed)
+def test_shrink(mix: str, R: int, p: float, device: str) -> None:
+    """Of rank 1 h has 45 numbers, too few for a mean square: 16 layers, or one draw in eight errs a quarter too much."""
+    layers, seed = [layer(mix, R, device) for _ in range(16 if R == 1 else 1)], a_seed(device)
+    hs = [kernels.shrink(t.x, t.a, p=p, seed=seed, config=small_tile(R)) for t in layers]
+    hold_all(hs, "shrink", [(t.x, t.a) for t in layers], p=p, seed=seed)
 
 
 @cases
