@@ -8,17 +8,24 @@ from typing import Any
 
 import pytest
 
-HOMES = ("shrink", "dy_pass", "x_pass", "expand", "persistent", "reduce", "glu", "multi")
-"""The modules of fastlora_kernels that launch a layer's kernels."""
+from fastlora_kernels.launch import Launch
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[str], None], *homes: str) -> None:
-    """Call `see` with the name of each kernel that these modules launch, all of them unless named."""
-    for home in homes or HOMES:
-        module = import_module(f"fastlora_kernels.{home}")
+def watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[str], None]) -> None:
+    """Call `see` with the name of each kernel that is launched."""
+    own = Launch.__call__
 
-        def launch(kernel: Any, *args: Any, _own: Callable[..., None] = module.launch, **kwargs: Any) -> None:
-            see(kernel.fn.__name__.strip("_").removesuffix("_kernel"))
-            _own(kernel, *args, **kwargs)
+    def call(launch: Launch, *given: Any) -> None:
+        see(launch.kernel.fn.__name__.strip("_").removesuffix("_kernel"))
+        own(launch, *given)
 
-        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(Launch, "__call__", call)
+
+
+def plan_by(monkeypatch: pytest.MonkeyPatch, *homes: str, **names: Any) -> None:
+    """Replace names in these modules of fastlora_kernels, and forget, for as long, what they planned without."""
+    for home in homes:
+        module: Any = import_module(f"fastlora_kernels.{home}")
+        for name, value in names.items():
+            monkeypatch.setattr(module, name, value, raising=False)
+        monkeypatch.setattr(module, "_plan", module._plan.__wrapped__)

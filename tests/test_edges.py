@@ -9,6 +9,7 @@ from dataclasses import replace
 import plain
 import pytest
 import torch
+from launches import plan_by
 from operands import LAYOUTS, SCALE, Layer, a_seed, exact, launch, launch_thin, layer, small_tile, twins
 from tolerance import assert_close, assert_same
 from torch import Tensor
@@ -109,10 +110,8 @@ def test_split_sums(sizes: tuple[int, int, int], expected: list[int], parts: lis
 
 def test_parts_and_bands_at_once(parts: list[int], monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Three bands of rows, the last one short, and four parts of columns, where both would take large operands."""
-    for name in ("shrink", "dy_pass", "x_pass"):
-        module = importlib.import_module(f"fastlora_kernels.{name}")
-        monkeypatch.setattr(module, "chunks", lambda *_, **__: (4, 32), raising=False)
-        monkeypatch.setattr(module, "bands", lambda *_: (3, 32), raising=False)
+    cut = {"chunks": lambda *_, **__: (4, 32), "bands": lambda *_: (3, 32)}
+    plan_by(monkeypatch, "shrink", "dy_pass", "x_pass", **cut)
     split_sums(layer("bf16+fp32", 20, device, M=75, K=100, N=105), TILE)
     assert sorted(parts) == sorted([4, 4, 3, 3] * 2)  # h and dh; da and db
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import plain
 import pytest
 import torch
@@ -24,7 +22,7 @@ from grouped import (
     group,
     hold,
 )
-from launches import watch
+from launches import plan_by, watch
 from operands import LAYOUTS, double
 from tolerance import assert_close, assert_same
 from torch import Tensor
@@ -79,10 +77,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = max(64, block)
         return -(-M // rows), rows
 
-    for name in ("shrink", "dy_pass", "x_pass"):
-        module = import_module(f"fastlora_kernels.{name}")
-        monkeypatch.setattr(module, "chunks", chunks, raising=False)
-        monkeypatch.setattr(module, "bands", bands, raising=False)
+    plan_by(monkeypatch, "shrink", "dy_pass", "x_pass", chunks=chunks, bands=bands)
 
 
 @pytest.mark.usefixtures("cut")

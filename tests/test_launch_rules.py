@@ -98,13 +98,8 @@ def test_a_second_mask_halves_the_tile_of_a_groups_dx(arch: str) -> None:
     ],
 )
 def test_pieces(main: torch.dtype, factor: torch.dtype, out: torch.dtype, counts: tuple[int, int, int]) -> None:
-    before = torch.get_float32_matmul_precision()
-    try:
-        for precision, count in zip(("highest", "high", "medium"), counts, strict=True):
-            torch.set_float32_matmul_precision(precision)
-            assert pieces(main, (factor,), out) == count
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for precision, count in zip(("highest", "high", "medium"), counts, strict=True):
+        assert pieces(main, (factor,), out, precision) == count
 
 
 TABLES = sorted(Path(inspect.getfile(kernels)).with_name("tables").glob("*.json"))

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from launches import watch
+from launches import plan_by, watch
 from operands import SCALE, Layer, a_seed, bf16, fp16, fp32, lay, layer
 from test_kernels import dropout, hold
 from tolerance import assert_same
 
 import fastlora_kernels as kernels
 from fastlora_kernels import Tile
+from fastlora_kernels.launch import Layout, layout
 from fastlora_kernels.persistent import takes_tma
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -37,9 +38,10 @@ def forms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
 
     def see(kernel: str) -> None:
-        launched.append("tma" if kernel == "persistent" else "plain")
+        if kernel in ("persistent", "expand"):
+            launched.append("tma" if kernel == "persistent" else "plain")
 
-    watch(monkeypatch, see, "expand", "persistent")
+    watch(monkeypatch, see)
     return launched
 
 
@@ -97,7 +99,7 @@ def test_halves_of_256_columns(device: str) -> None:
 def test_a_program_walks_over_several_tiles(programs: int, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Twelve tiles of y; more programs than tiles are not launched."""
     t = layer("bf16", 7, device, 90, 40, 120)
-    monkeypatch.setattr("fastlora_kernels.persistent.processors", lambda _: programs)
+    monkeypatch.setattr(gemm, "place", lambda x: kernels.device.place(x)._replace(processors=programs))
     y = kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=described(7))
     hold(y, "expand", t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias)
 
@@ -159,8 +161,8 @@ def test_padded_rows_and_transposed_weights_are_described(forms: list[str], devi
 
 
 def test_a_coordinate_is_an_int32() -> None:
-    def of(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def of(*shape: int, dtype: torch.dtype = bf16) -> Layout:
+        return layout(torch.empty(shape, dtype=dtype, device="meta"))
 
     w = of(64, 64)
     assert takes_tma([of(2**31 - 8, 64)], [w], of(2**31 - 8, 64))
@@ -179,7 +181,7 @@ def test_the_table_names_another_tile_for_what_runs_plain(
         asked.append(tma)
         return replace(described(7), tma=tma)
 
-    monkeypatch.setattr(gemm, "tile", tile)
+    plan_by(monkeypatch, "expand", tile=tile)
     t = layer("bf16", 7, device, M, K, N)
     kernels.expand(t.x, t.w, None, t.h, t.b, SCALE)
     assert (asked, forms) == ([True], ["tma"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,3 +38,27 @@ def processors(x: Tensor) -> int:
     if x.device.type == "cuda":
         return _processors(x.device.index if x.device.index is not None else torch.cuda.current_device())
     return 3
+
+
+class Place(NamedTuple):
+    """All that a launch may depend on beside its operands' layouts.
+
+    precision: torch's setting for fp32 products.   processors: of a persistent grid.
+    """
+
+    device: torch.device
+    precision: str
+    arch: str
+    processors: int
+
+
+_places: dict[tuple[torch.device, str], Place] = {}
+
+
+def place(x: Tensor) -> Place:
+    """Where x lies."""
+    key = x.device, torch.get_float32_matmul_precision()
+    found = _places.get(key)
+    if found is None:
+        found = _places[key] = Place(*key, arch(x), processors(x))
+    return found

@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 
 
-def pieces(main: torch.dtype, factors: tuple[torch.dtype, ...], out: torch.dtype) -> int:
+def pieces(main: torch.dtype, factors: tuple[torch.dtype, ...], out: torch.dtype, precision: str) -> int:
     """How many bf16 pieces a product takes; 0 is the native dot of equal 16-bit operands.
 
     main: dtype of the big operand (x, w or dy).   factors: dtypes of the thin ones.   out: dtype of the result.
     Two for 16-bit results. For fp32 results torch's own setting decides: "highest" three, "high" two, "medium" one.
+    precision: that setting, torch.get_float32_matmul_precision().
     """
     if main != torch.float32 and all(f == main for f in factors):
         return 0
     if out != torch.float32:
         return 2
-    return {"highest": 3, "high": 2, "medium": 1}[torch.get_float32_matmul_precision()]
+    return {"highest": 3, "high": 2, "medium": 1}[precision]
 
 
 @triton.jit

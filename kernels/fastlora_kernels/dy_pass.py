@@ -9,15 +9,17 @@ Together they stay under 10 % of dy's bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, pieces
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layouts
 from fastlora_kernels.members import strides
 from fastlora_kernels.reduce import reduce, reduce_each
 from fastlora_kernels.shrink import block_r, chunks
@@ -175,6 +177,54 @@ def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
     return cdiv(M, rows), rows
 
 
+class _Plan(NamedTuple):
+    """launch: None where there is nothing to sum.   n_parts, n_bands: the pieces of every dh, and of every db."""
+
+    launch: Launch | None
+    n_parts: int
+    n_bands: int
+    width: int
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    dys: tuple[Layout, ...],
+    hs: tuple[Layout | None, ...],
+    bs: tuple[Layout, ...],
+    scales: tuple[float, ...],
+    want_dh: tuple[bool, ...],
+    want_db: tuple[bool, ...],
+    config: Tile | None,
+) -> _Plan:
+    M, Ns, dtype = dys[0][0][0], tuple(shape[1] for shape, _, _ in dys), dys[0][2]
+    Rs = tuple(shape[1] for shape, _, _ in bs)
+    width = sum(Rs)
+    if M * max(Ns) == 0 or not any((*want_dh, *want_db)):
+        return _Plan(None, 1, 1, width)
+    members, ranks = len(dys), tuple(map(block_r, Rs))
+    t = config or tile("dy" if members == 1 else "group_dy", at.arch, dtype, M, max(Ns), max(Rs))
+    grid_r = max(map(cdiv, Rs, ranks))
+    n_bands, band_rows = bands(M, max(Ns), max(Rs), t.BLOCK_M)
+    row_blocks = band_rows // t.BLOCK_M
+    least = max(512 * members, 40 * width)  # of all members' columns
+    n_parts, _ = chunks(sum(Ns), n_bands * row_blocks * grid_r * members, t.BLOCK_K, least)
+    dh_programs = row_blocks * n_parts
+    programs = sum(dh_programs * w + cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True))
+    h_of = [h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]
+    dtypes = [b[2] for b in bs]
+    launch = Launch(
+        _dy_kernel, (n_bands * programs, grid_r, 1),
+        (M, Ns, Rs, width, tuple(cdiv(cdiv(N, n_parts), t.BLOCK_K) * t.BLOCK_K for N in Ns), n_parts, band_rows,
+         dh_programs, *strides(dys), *strides(h_of), *strides(bs), scales),
+        t.options, WANT_DH=want_dh, WANT_DB=want_db,
+        H_PIECES=tuple(pieces(dtype, (torch.float32,), b, at.precision) for b in dtypes),
+        B_PIECES=tuple(pieces(dtype, (b,), torch.float32, at.precision) for b in dtypes),
+        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks,
+    )  # fmt: skip
+    return _Plan(launch, n_parts, n_bands, width)
+
+
 def group_dy_pass(
     dys: Sequence[Tensor],
     hs: Sequence[Tensor | None],
@@ -192,38 +242,26 @@ def group_dy_pass(
     Returns dh: [M, ΣR] fp32, a member's columns after those before it and unwritten where they are not wanted, or None
     where none are; db_i: [N, R] each in b_i's dtype, or None.
     """
-    M, Ns = dys[0].shape[0], tuple(dy.shape[1] for dy in dys)
-    Rs = tuple(b.shape[1] for b in bs)
-    width, dbs = sum(Rs), [b.new_empty(b.shape) if wanted else None for b, wanted in zip(bs, want_db, strict=True)]
-    dh_out = dys[0].new_empty((M, width), dtype=torch.float32) if any(want_dh) else None
-    if M * max(Ns) == 0:
-        return dh_out.zero_() if dh_out is not None else None, [db.zero_() if db is not None else None for db in dbs]
-    if not any((*want_dh, *want_db)):
-        return None, dbs
-    members, ranks = len(dys), tuple(map(block_r, Rs))
-    t = config or tile("dy" if members == 1 else "group_dy", arch(dys[0]), dys[0].dtype, M, max(Ns), max(Rs))
-    grid_r = max(map(cdiv, Rs, ranks))
-    n_bands, band_rows = bands(M, max(Ns), max(Rs), t.BLOCK_M)
-    row_blocks = band_rows // t.BLOCK_M
-    least = max(512 * members, 40 * width)  # of all members' columns
-    n_parts, _ = chunks(sum(Ns), n_bands * row_blocks * grid_r * members, t.BLOCK_K, least)
-    dh = dys[0].new_empty((n_parts, M, width), dtype=torch.float32) if dh_out is not None and n_parts > 1 else dh_out
+    first, M = dys[0], dys[0].shape[0]
+    launch, n_parts, n_bands, width = _plan(
+        place(first), layouts(dys), layouts(hs), layouts(bs), tuple(map(float, scales)), tuple(want_dh),
+        tuple(want_db), config,
+    )  # fmt: skip
+    dbs = [b.new_empty(b.shape) if wanted else None for b, wanted in zip(bs, want_db, strict=True)]
     outs = [db for db in dbs if db is not None]
+    dh_out = first.new_empty((M, width), dtype=torch.float32) if any(want_dh) else None
+    if launch is None:
+        for out in (*outs, dh_out):
+            if out is not None:
+                out.zero_()
+        return dh_out, dbs
+    dh = first.new_empty((n_parts, M, width), dtype=torch.float32) if dh_out is not None and n_parts > 1 else dh_out
     parts = [db.new_empty((n_bands, *db.shape), dtype=torch.float32) for db in outs] if n_bands > 1 else outs
     db_of = iter(parts)
-    dh_programs = row_blocks * n_parts
-    programs = sum(dh_programs * w + cdiv(N, t.BLOCK_N) * v for N, w, v in zip(Ns, want_dh, want_db, strict=True))
-    h_of = [h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]
     launch(
-        _dy_kernel, (n_bands * programs, grid_r, 1),
-        (tuple(dys), tuple(h_of), tuple(bs), dh if dh is not None else dys[0],
-         tuple(next(db_of) if wanted else dy for dy, wanted in zip(dys, want_db, strict=True))),
-        (M, Ns, Rs, width, tuple(cdiv(cdiv(N, n_parts), t.BLOCK_K) * t.BLOCK_K for N in Ns), n_parts, band_rows,
-         dh_programs, *strides(dys), *strides(h_of), *strides(bs), tuple(map(float, scales))),
-        WANT_DH=tuple(want_dh), WANT_DB=tuple(want_db),
-        H_PIECES=tuple(pieces(dy.dtype, (torch.float32,), b.dtype) for dy, b in zip(dys, bs, strict=True)),
-        B_PIECES=tuple(pieces(dy.dtype, (b.dtype,), torch.float32) for dy, b in zip(dys, bs, strict=True)),
-        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=ranks, options=t.options,
+        (tuple(dys), tuple([h if h is not None else dy for h, dy in zip(hs, dys, strict=True)]), tuple(bs),
+         dh if dh is not None else first,
+         tuple([next(db_of) if wanted else dy for dy, wanted in zip(dys, want_db, strict=True)]))
     )  # fmt: skip
     if dh is not None and dh_out is not None and dh is not dh_out:
         reduce(dh, dh_out)

@@ -8,20 +8,21 @@ The kernel here loads through pointers, and so takes any strides; `persistent` i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.gemm import main_loop
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, aligned, layout, layouts
 from fastlora_kernels.members import masked, strides
-from fastlora_kernels.persistent import persistent, takes_tma
-from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
+from fastlora_kernels.persistent import Boxes, persistent, takes_tma
+from fastlora_kernels.prologue import PlannedTerms, Terms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 
@@ -107,7 +108,47 @@ def _expand_kernel(
     tl.store(y_tile, cast(acc, y_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
-def _launch(
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    kernel: str,
+    base: int,
+    xs: tuple[Layout, ...],
+    ws: tuple[Layout, ...],
+    bias: Layout | None,
+    terms: PlannedTerms,
+    y: Layout,
+    tma: bool,
+    config: Tile | None,
+) -> tuple[Launch, Boxes | None]:
+    """Either form over y: [M, N], and what the persistent one's descriptors are made of.
+
+    tma: whether the big operands lie at multiples of 16 bytes. A tile with tma whose operands no descriptor can address
+    gives way to the table's first tile without; a forced one keeps its blocks.
+    """
+    M, N = y[0]
+    main = xs[0][2] if base != NONE else y[2]
+    t = config or tile(kernel, at.arch, main, M, N, terms.rank, masks=terms.masks)
+    if t.tma and base == GEMM:
+        if tma and takes_tma(xs, ws, y):
+            return persistent(at, xs, ws, bias, terms, y, t)
+        t = config or tile(kernel, at.arch, main, M, N, terms.rank, False, terms.masks)
+    Ks, lora_bias = tuple(shape[1] for shape, _, _ in ws), terms.lora_bias
+    launch = Launch(
+        _expand_kernel, (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), 1, 1),
+        (M, N, Ks or (0,), tuple(shape[1] for shape, _, _ in terms.hs), *strides(xs), *strides(ws or xs),
+         bias[1][0] if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+         lora_bias[1][0] if lora_bias is not None else 0, *y[1], terms.scales, terms.thresholds),
+        t.options, BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+        PIECES=pieces(main, terms.factors, y[2], at.precision),
+        MAIN_PIECES=pieces(main, tuple(dtype for _, _, dtype in ws), y[2], at.precision),
+        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=t.GROUP_M,
+    )  # fmt: skip
+    return launch, None
+
+
+def _run(
     kernel: str,
     base: int,
     xs: Sequence[Tensor],
@@ -117,36 +158,21 @@ def _launch(
     y: Tensor,
     config: Tile | None,
 ) -> Tensor:
-    """Run either form over y: [M, N], with xs either the GEMMs' [M, K] or the one [M, N] tensor to add to.
-
-    A tile with tma whose operands no descriptor can address gives way to the table's first tile without; a forced
-    one keeps its blocks.
-    """
-    M, N = y.shape
+    """y: [M, N] written, with xs either the GEMMs' [M, K] or the one [M, N] tensor to add to."""
     if y.numel() == 0:
         return y
-    main = xs[0].dtype if base != NONE else y.dtype
-    t = config or tile(kernel, arch(y), main, M, N, terms.rank, masks=terms.masks)
-    if t.tma and base == GEMM:
-        if takes_tma(xs, ws, y):
-            return persistent(xs, ws, bias, terms, y, t)
-        t = config or tile(kernel, arch(y), main, M, N, terms.rank, False, terms.masks)
-    Ks, lora_bias = tuple(w.shape[1] for w in ws), terms.lora_bias
-    launch(
-        _expand_kernel, (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), 1, 1),
-        (tuple(xs), tuple(ws or xs), bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
-         lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y, y),
-        (M, N, Ks or (0,), tuple(h.shape[1] for h in terms.hs), *strides(xs), *strides(ws or xs),
-         bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
-         lora_bias.stride(0) if lora_bias is not None else 0, *y.stride(),
-         tuple(map(float, terms.scales)), terms.thresholds),
-        BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
-        PIECES=pieces(main, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
-        MAIN_PIECES=pieces(main, tuple(w.dtype for w in ws), y.dtype),
-        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=t.GROUP_M,
-        options=t.options,
+    launch, boxes = _plan(
+        place(y), kernel, base, layouts(xs), layouts(ws), None if bias is None else layout(bias), terms.planned(),
+        layout(y), base == GEMM and aligned([*xs, *ws, y]), config,
     )  # fmt: skip
+    beside = (
+        y if bias is None else bias, tuple(terms.hs), tuple(terms.bs),
+        y if terms.lora_bias is None else terms.lora_bias, y if terms.seeds is None else terms.seeds,
+    )  # fmt: skip
+    if boxes is not None:
+        launch(beside, boxes.of(xs, ws, y))
+    else:
+        launch((tuple(xs), tuple(ws or xs), *beside, y))
     return y
 
 
@@ -168,7 +194,7 @@ def expand(
     Returns y: [M, N] in x's dtype.
     """
     y = x.new_empty((x.shape[0], w.shape[0]))
-    return _launch("expand", GEMM, [x], [w], bias, Terms([h], [b], [scale], lora_bias), y, config)
+    return _run("expand", GEMM, [x], [w], bias, Terms([h], [b], (float(scale),), lora_bias), y, config)
 
 
 def add_expand(
@@ -187,7 +213,7 @@ def add_expand(
     Returns out.
     """
     out = y.new_empty(y.shape) if out is None else out
-    return _launch("add", ADD, [y], [], None, Terms([h], [b], [scale], lora_bias), out, config)
+    return _run("add", ADD, [y], [], None, Terms([h], [b], (float(scale),), lora_bias), out, config)
 
 
 def _dx_terms(
@@ -195,15 +221,15 @@ def _dx_terms(
 ) -> Terms:
     """mask_i/(1−p_i) ⊙ (dh_i·a_i) of the members that have both, the masked ones first."""
     both = [(i, dh, a.t()) for i, (dh, a) in enumerate(zip(dhs, as_, strict=True)) if dh is not None and a is not None]
-    drops = masked(ps, seeds)
+    drops = masked(ps, seeds is not None)
     both.sort(key=lambda term: drops[term[0]] < 0)
     return Terms(
         [dh for _, dh, _ in both],
         [b for _, _, b in both],
-        [keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i, _, _ in both],
+        tuple([keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i, _, _ in both]),
         seeds=seeds,
-        drops=tuple(drops[i] for i, _, _ in both),
-        thresholds=tuple(threshold(ps[i]) for i, _, _ in both),
+        drops=tuple([drops[i] for i, _, _ in both]),
+        thresholds=tuple([threshold(ps[i]) for i, _, _ in both]),
     )
 
 
@@ -225,7 +251,7 @@ def group_dx(
     """
     grad, terms = dys[0].new_empty((dys[0].shape[0], ws[0].shape[1])), _dx_terms(dhs, as_, ps, seeds)
     alone = len(dys) == len(terms.hs) == 1
-    return _launch("dx" if alone else "group_dx", GEMM, dys, [w.t() for w in ws], None, terms, grad, config)
+    return _run("dx" if alone else "group_dx", GEMM, dys, [w.t() for w in ws], None, terms, grad, config)
 
 
 def dx(
@@ -266,7 +292,7 @@ def group_add_dx(
     if grad is None:
         grad = terms.hs[0].new_empty((terms.hs[0].shape[0], terms.bs[0].shape[0]), dtype=dtype)
     kernel = "add" if len(terms.hs) == 1 else "group_add"
-    return _launch(kernel, NONE if base is None else ADD, [grad], [], None, terms, grad, config)
+    return _run(kernel, NONE if base is None else ADD, [grad], [], None, terms, grad, config)
 
 
 def add_dx(

@@ -6,15 +6,17 @@ registers as it is written. Backward computes act(g) and its slope again, so tha
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep, keep_scale, threshold
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.shrink import block_r, chunks
 from fastlora_kernels.sizes import cdiv
@@ -162,6 +164,37 @@ def _glu_backward_kernel(
         tl.store(z_ptr + out, cast(act * u, z_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    g: Layout,
+    u: Layout,
+    a: Layout | None,
+    activation: str,
+    p: float,
+    config: Tile | None,
+) -> tuple[Launch | None, int]:
+    """(what is launched, how many parts of h it writes).   p: 0 where nothing is masked."""
+    (M, K), _, dtype = g
+    R = a[0][0] if a is not None else 0
+    if M * K == 0:
+        return None, 1
+    t = config or tile("glu", at.arch, dtype, M, K, R)
+    rank, grid_m = block_r(R), cdiv(M, t.BLOCK_M)
+    grid_r = max(cdiv(R, rank), 1)
+    # with nothing to sum there is no reason to walk
+    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512) if R else (cdiv(K, t.BLOCK_K), t.BLOCK_K)
+    launch = Launch(
+        _glu_kernel, (grid_m, grid_r, parts),
+        (M, K, R, k_chunk, *g[1], *u[1], *(a[1] if a is not None else (0, 0)),
+         keep_scale(p) if p > 0 else 1.0, threshold(p)),
+        t.options, ACTIVATION=activation, SHRINK=R > 0, DROPOUT=p > 0,
+        PIECES=pieces(dtype, (a[2],), torch.float32, at.precision) if a is not None else 0, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K,
+    )  # fmt: skip
+    return launch, parts
+
+
 def glu(
     g: Tensor,
     u: Tensor,
@@ -178,29 +211,34 @@ def glu(
     dtype, R in 1..512, or None.   p, seed: dropout of z before a, as in `shrink`.   config: a forced tile.
     Returns z: [M, K], h: [M, R] fp32, or None without a.   (Shazeer 2020)
     """
-    (M, K), R = g.shape, a.shape[0] if a is not None else 0
-    z = g.new_empty((M, K))
+    M, z = g.shape[0], g.new_empty(g.shape)
+    masked = seed is not None and a is not None and p > 0
+    launch, parts = _plan(
+        place(g), layout(g), layout(u), None if a is None else layout(a), activation, p if masked else 0.0, config
+    )
+    h = None
+    if a is not None:
+        h = g.new_empty((M, len(a)) if parts == 1 else (parts, M, len(a)), dtype=torch.float32)
+    if launch is None:
+        return z, None if h is None else h.zero_()
+    launch((g, u, g if a is None else a, seed if seed is not None and masked else g, z, z if h is None else h))
+    if h is None or a is None or parts == 1:
+        return z, h
+    return z, reduce(h, h.new_empty((M, len(a))))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _backward_plan(
+    at: Place, g: Layout, u: Layout, dz: Layout, activation: str, want_z: bool, config: Tile | None
+) -> Launch | None:
+    (M, K), _, dtype = g
     if M * K == 0:
-        return z, None if a is None else g.new_empty((M, R), dtype=torch.float32).zero_()
-    dropped = p > 0 and seed is not None and a is not None
-    t = config or tile("glu", arch(g), g.dtype, M, K, R)
-    rank, grid_m = block_r(R), cdiv(M, t.BLOCK_M)
-    grid_r = max(cdiv(R, rank), 1)
-    # with nothing to sum there is no reason to walk
-    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512) if R else (cdiv(K, t.BLOCK_K), t.BLOCK_K)
-    h = g.new_empty((parts, M, R), dtype=torch.float32) if R else None
-    launch(
-        _glu_kernel, (grid_m, grid_r, parts),
-        (g, u, a if a is not None else g, seed if seed is not None and dropped else g, z, h if h is not None else z),
-        (M, K, R, k_chunk, *g.stride(), *u.stride(), *(a.stride() if a is not None else (0, 0)),
-         keep_scale(p) if dropped else 1.0, threshold(p) if dropped else 0),
-        ACTIVATION=activation, SHRINK=R > 0, DROPOUT=dropped,
-        PIECES=pieces(g.dtype, (a.dtype,), torch.float32) if a is not None else 0, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=rank, BLOCK_K=t.BLOCK_K, options=t.options,
+        return None
+    t = config or tile("glu_backward", at.arch, dtype, M, K)
+    return Launch(
+        _glu_backward_kernel, (cdiv(M, t.BLOCK_M), cdiv(K, t.BLOCK_K), 1), (M, K, *g[1], *u[1], *dz[1]),
+        t.options, ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K,
     )  # fmt: skip
-    if h is None or parts == 1:
-        return z, None if h is None else h[0]
-    return z, reduce(h, h.new_empty((M, R)))
 
 
 def glu_backward(
@@ -218,16 +256,9 @@ def glu_backward(
     g, u, dz: [M, K], any strides.   du: where it goes, contiguous; may be dz itself.
     Returns dg, du, z (None unless wanted): [M, K] in g's dtype.
     """
-    M, K = g.shape
-    du = g.new_empty((M, K)) if du is None else du
-    dg, z = g.new_empty((M, K)), g.new_empty((M, K)) if want_z else None
-    if M * K == 0:
-        return dg, du, z
-    t = config or tile("glu_backward", arch(g), g.dtype, M, K)
-    launch(
-        _glu_backward_kernel, (cdiv(M, t.BLOCK_M), cdiv(K, t.BLOCK_K), 1),
-        (g, u, dz, dg, du, z if z is not None else dg), (M, K, *g.stride(), *u.stride(), *dz.stride()),
-        ACTIVATION=activation, WANT_Z=want_z, INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_K=t.BLOCK_K,
-        options=t.options,
-    )  # fmt: skip
+    du = g.new_empty(g.shape) if du is None else du
+    dg, z = g.new_empty(g.shape), g.new_empty(g.shape) if want_z else None
+    launch = _backward_plan(place(g), layout(g), layout(u), layout(dz), activation, want_z, config)
+    if launch is not None:
+        launch((g, u, dz, dg, du, dg if z is None else z))
     return dg, du, z

@@ -1,15 +1,17 @@
 """The one way from a launcher to its kernel: on the operands' own GPU, and with little Python the second time.
 
-Triton works out anew at each launch what it specialised on, dtypes, alignment and every number: 8 to 14 µs, more than
-a training step of a small model has for a layer. A launch whose numbers and dtypes were seen before, and whose tensors
-all lie at multiples of 16 bytes, is the same compiled kernel, and goes straight to it. (Not on AMD, where Triton looks
-at the size of a tensor's storage too.)
+What a launch is told beside its tensors, grid, sizes, strides and constants, is a function of their layouts alone: each
+launcher plans it once for a layout, and remembers it as a `Launch`. Triton works out anew at each launch what it
+specialised on, dtypes, alignment and every number: 8 to 14 µs, more than a training step of a small model has for a
+layer. A `Launch` whose tensors all lie at multiples of 16 bytes is the same compiled kernel each time, and goes
+straight to it. (Not on AMD, where Triton looks at the size of a tensor's storage too.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,10 +19,31 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora_kernels.device import INTERPRET
 
-_MOST = 4096
-"""Launches that are remembered: every M of a server's batches is one more."""
+REMEMBERED = 4096
+"""Plans of each launcher: every M of a server's batches is one more."""
 
-_seen: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype: what of a tensor a plan may look at."""
+
+
+def layout(t: Tensor) -> Layout:
+    return t.shape, t.stride(), t.dtype
+
+
+@overload
+def layouts(ts: Sequence[Tensor]) -> tuple[Layout, ...]: ...
+@overload
+def layouts(ts: Sequence[Tensor | None]) -> tuple[Layout | None, ...]: ...
+def layouts(ts: Sequence[Tensor | None]) -> tuple[Layout | None, ...]:
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in ts])
+
+
+def aligned(tensors: Sequence[Tensor]) -> bool:
+    """Whether all lie at multiples of 16 bytes."""
+    address = 0
+    for t in tensors:
+        address |= t.data_ptr()
+    return address % 16 == 0
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -30,41 +53,39 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     return contextlib.nullcontext()
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    tensors: tuple[Tensor | tuple[Tensor, ...], ...],
-    numbers: tuple[Any, ...],
-    descriptors: tuple[TensorDescriptor | None, ...] = (),
-    options: dict[str, Any] | None = None,
-    **constants: Any,
-) -> None:
-    """kernel[grid](*descriptors, *tensors, *numbers, **constants, **options) on the GPU of the tensors.
+class Launch:
+    """kernel[grid](*descriptors, *tensors, *numbers, **constants, **options), all but the tensors.
 
-    numbers: ints and floats, or tuples of them; a parameter is always the one or the other, for 1 == 1.0.
-    descriptors: their tensors are aligned, or they could not be.   constants: the kernel's constexprs, in its order.
-    options: the compiler's.
+    numbers: ints and floats, or tuples of them.   constants: the kernel's constexprs, in its order.   options: the
+    compiler's.   It belongs to one device and to tensors of the dtypes it was planned for.
     """
-    options = options or {}
-    given = *descriptors, *tensors, *numbers
-    flat = [t for each in tensors for t in (each if isinstance(each, tuple) else (each,))]
-    with on_device(flat[0]):
-        if INTERPRET or torch.version.hip:
-            kernel[grid](*given, **constants, **options)
-            return
-        address = 0
-        for t in flat:
-            address |= t.data_ptr()
-        values = tuple(constants.values())
-        described = [d and (d.base.dtype, *d.block_shape) for d in descriptors]
-        what = id(kernel), flat[0].device.index, *options.values()
-        key = *what, numbers, values, *described, *[t.dtype for t in flat]
-        known = _seen.get(key) if address % 16 == 0 else None
-        if known is not None:
-            known[0][grid](*given, *values)
-            return
-        compiled = kernel[grid](*given, **constants, **options)
-        if address % 16 == 0 and compiled is not None:
-            if len(_seen) >= _MOST:
-                _seen.clear()
-            _seen[key] = compiled, kernel  # which lives as long as its id is a key
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int, int],
+        numbers: tuple[Any, ...],
+        options: dict[str, Any] | None = None,
+        **constants: Any,
+    ) -> None:
+        self.kernel, self.grid, self.options = kernel, grid, options or {}
+        self.numbers, self.constants = numbers, constants
+        self._straight: Callable[..., object] | None = None
+        self._rest = *numbers, *constants.values()
+
+    def __call__(
+        self,
+        tensors: tuple[Tensor | tuple[Tensor, ...], ...],
+        descriptors: tuple[TensorDescriptor | None, ...] = (),
+    ) -> None:
+        """On the GPU of the tensors.   descriptors: their tensors are aligned, or they could not be."""
+        flat = [t for each in tensors for t in (each if isinstance(each, tuple) else (each,))]
+        with on_device(flat[0]):
+            straight = aligned(flat) and not INTERPRET and not torch.version.hip
+            if straight and self._straight is not None:
+                self._straight(*descriptors, *tensors, *self._rest)
+                return
+            given = *descriptors, *tensors, *self.numbers
+            compiled = self.kernel[self.grid](*given, **self.constants, **self.options)
+            if straight and compiled is not None:
+                self._straight = compiled[self.grid]

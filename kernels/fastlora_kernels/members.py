@@ -10,16 +10,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fastlora_kernels.launch import Layout
+
 GROUP = 3
 """The most members of one launch: q, k and v."""
 
 
-def masked(ps: Sequence[float], seeds: Tensor | None) -> tuple[int, ...]:
-    """Which of `seeds` each member's mask is drawn from; −1: it drops nothing.
+def masked(ps: Sequence[float], seeded: bool) -> tuple[int, ...]:
+    """Which seed each member's mask is drawn from; −1: it drops nothing.
 
-    ps: dropout probability of each member.   seeds: [members] int64, or [] for a single one; None where nobody drops.
+    ps: dropout probability of each member.   seeded: whether there are seeds; without any nobody drops.
     """
-    return tuple(i if seeds is not None and p > 0 else -1 for i, p in enumerate(ps))
+    return tuple(i if seeded and p > 0 else -1 for i, p in enumerate(ps))
 
 
 def columns(h: Tensor | None, as_: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -36,6 +38,6 @@ def columns(h: Tensor | None, as_: Sequence[Tensor | None]) -> list[Tensor | Non
     return found
 
 
-def strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def strides(members: Sequence[Layout]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The members' outer strides, and their inner ones."""
-    return tuple(t.stride(0) for t in tensors), tuple(t.stride(1) for t in tensors)
+    return tuple(stride[0] for _, stride, _ in members), tuple(stride[1] for _, stride, _ in members)

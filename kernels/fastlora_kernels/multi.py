@@ -9,16 +9,17 @@ depends on the layer alone. Jobs that train take the same kernels with dropout, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout, layouts
 from fastlora_kernels.routing import TILE_ROWS, Drops, Routes, first_of
 from fastlora_kernels.sizes import cdiv, power_of_two
 from fastlora_kernels.tables import Tile, tile
@@ -230,6 +231,34 @@ def _multi_expand_kernel(
             )  # fmt: skip
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _shrink_plan(
+    at: Place,
+    x: Layout,
+    a_pool: Layout,
+    G: int,
+    width: int,
+    tiles: int,
+    scaled: bool,
+    dropout: bool,
+    whole: bool,
+    config: Tile | None,
+) -> tuple[Launch, tuple[int, ...]]:
+    """(what is launched, the shape of h)."""
+    (M, K), stride_x, dtype = x
+    (members, _, _), stride_a, a_dtype = a_pool
+    t = config or tile("multi_shrink", at.arch, dtype, M, K)
+    split = cdiv(K, t.BLOCK_K) * t.BLOCK_K if whole else SPLIT
+    parts, width = cdiv(K, split), cdiv(width, 16) * 16  # so that loads of h are wide
+    launch = Launch(
+        _multi_shrink_kernel, (tiles, members, parts), (M, K, G, width, *stride_x, *stride_a[:2]), t.options,
+        SCALED=scaled, DROPOUT=dropout, SLOTS=power_of_two(G), SPLIT=split,
+        PIECES=pieces(dtype, (a_dtype,), torch.float32, at.precision), INTERPRET=INTERPRET,
+        TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K,
+    )  # fmt: skip
+    return launch, (parts, members, M, width)
+
+
 def multi_shrink(
     x: Tensor,
     a_pool: Tensor,
@@ -251,23 +280,41 @@ def multi_shrink(
     Returns h: [parts, members, M, ⌈width/16⌉·16] fp32, to be summed over parts of K; written where a row has a rank,
     and nowhere else.
     """
-    (M, K), members = x.shape, a_pool.shape[0]
-    t = config or tile("multi_shrink", arch(x), x.dtype, M, K)
-    split = cdiv(K, t.BLOCK_K) * t.BLOCK_K if whole else SPLIT
-    parts, width = cdiv(K, split), cdiv(width, 16) * 16  # so that loads of h are wide
-    h = x.new_empty((parts, members, M, width), dtype=torch.float32)
-    if M == 0:
-        return h
-    launch(
-        _multi_shrink_kernel, (len(routes.tiles), members, parts),
-        (x, a_pool, routes.order, routes.tiles, start, rank, factor if factor is not None else x, routes.counts,
-         *(drops or (x, x)), h),
-        (M, K, len(start), width, *x.stride(), a_pool.stride(0), a_pool.stride(1)),
-        SCALED=factor is not None, DROPOUT=drops is not None, SLOTS=power_of_two(len(start)),
-        SPLIT=split, PIECES=pieces(x.dtype, (a_pool.dtype,), torch.float32), INTERPRET=INTERPRET,
-        TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, options=t.options,
+    launch, shape = _shrink_plan(
+        place(x), layout(x), layout(a_pool), len(start), width, len(routes.tiles), factor is not None,
+        drops is not None, whole, config,
     )  # fmt: skip
+    h = x.new_empty(shape, dtype=torch.float32)
+    if h.shape[2]:
+        launch(
+            (x, a_pool, routes.order, routes.tiles, start, rank, x if factor is None else factor, routes.counts,
+             *(drops or (x, x)), h)
+        )  # fmt: skip
     return h
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _expand_plan(
+    at: Place,
+    ys: tuple[Layout, ...],
+    h: Layout,
+    b_dtype: torch.dtype,
+    G: int,
+    tiles: int,
+    dropout: bool,
+    config: Tile | None,
+) -> Launch:
+    M, dtype, members = ys[0][0][0], ys[0][2], len(ys)
+    widest = max(shape[1] for shape, _, _ in ys)
+    t = config or tile("multi_expand", at.arch, dtype, M, widest)
+    three = [ys[min(i, members - 1)] for i in range(MEMBERS)]
+    return Launch(
+        _multi_expand_kernel, (tiles, cdiv(widest, t.BLOCK_N), members),
+        (M, *(shape[1] for shape, _, _ in three), G, h[0][3], *(stride[0] for _, stride, _ in three)), t.options,
+        DROPOUT=dropout, SLOTS=power_of_two(G), PARTS=h[0][0], MEMBERS=members,
+        PIECES=pieces(dtype, (torch.float32, b_dtype), dtype, at.precision),
+        INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N,
+    )  # fmt: skip
 
 
 def multi_expand(
@@ -289,18 +336,13 @@ def multi_expand(
     each, contiguous; where biased: [members, G] int32 is set, the row after an adapter's last holds its lora_bias.
     scaling: [members, G] fp32.   A layer whose adapter has rank 0 is left alone.   drops: only kept elements get it.
     """
-    M, members = ys[0].shape[0], len(ys)
-    if M == 0:
+    if len(ys[0]) == 0:
         return
-    widest = max(y.shape[1] for y in ys)
-    t = config or tile("multi_expand", arch(ys[0]), ys[0].dtype, M, widest)
-    three = [min(i, members - 1) for i in range(MEMBERS)]
+    launch = _expand_plan(
+        place(h), layouts(ys), layout(h), b_pools[0].dtype, len(start), len(routes.tiles), drops is not None, config
+    )
+    three = [min(i, len(ys) - 1) for i in range(MEMBERS)]
     launch(
-        _multi_expand_kernel, (len(routes.tiles), cdiv(widest, t.BLOCK_N), members),
-        (h, *(b_pools[i] for i in three), routes.order, routes.tiles, start, rank, scaling, biased, routes.counts,
-         *(drops or (h, h)), *(ys[i] for i in three)),
-        (M, *(ys[i].shape[1] for i in three), len(start), h.shape[3], *(ys[i].stride(0) for i in three)),
-        DROPOUT=drops is not None, SLOTS=power_of_two(len(start)), PARTS=h.shape[0], MEMBERS=members,
-        PIECES=pieces(ys[0].dtype, (torch.float32, b_pools[0].dtype), ys[0].dtype),
-        INTERPRET=INTERPRET, TILE_ROWS=TILE_ROWS, BLOCK_R=t.BLOCK_R, BLOCK_N=t.BLOCK_N, options=t.options,
+        (h, *[b_pools[i] for i in three], routes.order, routes.tiles, start, rank, scaling, biased, routes.counts,
+         *(drops or (h, h)), *[ys[i] for i in three])
     )  # fmt: skip

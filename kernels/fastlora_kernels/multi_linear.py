@@ -6,14 +6,16 @@ ours, not the vendor's: rows without an adapter equal the base layer's to the to
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.gemm import main_loop
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout
 from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile, tile
 
@@ -85,6 +87,22 @@ def _multi_linear_kernel(
     tl.store(y_tile, cast(acc, y_ptr.dtype.element_ty, INTERPRET), mask=(offs_m < M)[:, None] & mask_n[None, :])
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(at: Place, x: Layout, w: Layout, bias: Layout | None, h: Layout, config: Tile | None) -> Launch | None:
+    (M, K), stride_x, dtype = x
+    N, (parts, _, width) = w[0][0], h[0]
+    if M * N == 0:
+        return None
+    t = config or tile("multi_linear", at.arch, dtype, M, N)
+    return Launch(
+        _multi_linear_kernel, (cdiv(M, t.BLOCK_M), cdiv(N, t.BLOCK_N), 1),
+        (M, N, K, width, *stride_x, *w[1], bias[1][0] if bias is not None else 0, h[1][0]), t.options,
+        HAS_BIAS=bias is not None, PARTS=parts, PIECES=pieces(dtype, (w[2],), dtype, at.precision),
+        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=K % t.BLOCK_K == 0, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R,
+    )  # fmt: skip
+
+
 def multi_linear(
     x: Tensor,
     w: Tensor,
@@ -105,17 +123,8 @@ def multi_linear(
     `multi_shrink` left.   b_pool: [T, N], contiguous.   start, rank, biased: [G] int32, scaling: [G] fp32, its own.
     slots: [M] int32, −1 for base only.   Returns y: [M, N] in x's dtype.
     """
-    (M, K), N = x.shape, w.shape[0]
-    y = x.new_empty((M, N))
-    if M * N == 0:
-        return y
-    t = config or tile("multi_linear", arch(x), x.dtype, M, N)
-    launch(
-        _multi_linear_kernel, (cdiv(M, t.BLOCK_M), cdiv(N, t.BLOCK_N), 1),
-        (x, w, bias if bias is not None else x, h, b_pool, slots, start, rank, scaling, biased, y),
-        (M, N, K, h.shape[2], *x.stride(), *w.stride(), bias.stride(0) if bias is not None else 0, h.stride(0)),
-        HAS_BIAS=bias is not None, PARTS=h.shape[0], PIECES=pieces(x.dtype, (w.dtype,), x.dtype),
-        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=K % t.BLOCK_K == 0, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=t.BLOCK_R, options=t.options,
-    )  # fmt: skip
+    launch = _plan(place(x), layout(x), layout(w), None if bias is None else layout(bias), layout(h), config)
+    y = x.new_empty((x.shape[0], w.shape[0]))
+    if launch is not None:
+        launch((x, w, x if bias is None else bias, h, b_pool, slots, start, rank, scaling, biased, y))
     return y

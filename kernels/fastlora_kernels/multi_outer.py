@@ -6,15 +6,17 @@ and the bands in their order: no atomics, and bitwise the same sum whoever else 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, dot, pieces
 from fastlora_kernels.dropout import keep
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.routing import Drops, Routes, first_of
 from fastlora_kernels.sizes import cdiv, power_of_two
@@ -93,6 +95,32 @@ def _multi_outer_kernel(
         tl.store(out_rows + own, cast(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    x: Layout,
+    width: int,
+    G: int,
+    rows: int,
+    dtype: torch.dtype,
+    by_feature: bool,
+    dropout: bool,
+    config: Tile | None,
+) -> tuple[Launch | None, int]:
+    """(what is launched, how many bands of rows it sums apart)."""
+    (M, K), stride_x, main = x
+    if M * K * rows == 0:
+        return None, 1
+    t, bands = config or tile("multi_outer", at.arch, main, M, K), cdiv(M, BAND)
+    launch = Launch(
+        _multi_outer_kernel, (cdiv(K, t.BLOCK_K), G * cdiv(width + 1, t.BLOCK_R), bands),
+        (M, K, G, rows, width, *stride_x), t.options, BY_FEATURE=by_feature, DROPOUT=dropout, SLOTS=power_of_two(G),
+        BAND=BAND, PIECES=pieces(main, (torch.float32,), dtype, at.precision), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K,
+    )  # fmt: skip
+    return launch, bands
+
+
 def multi_outer(
     x: Tensor,
     f: Tensor,
@@ -115,19 +143,13 @@ def multi_outer(
     fp32.   rows: T, of all slots together.   by_feature: a slot's rank·K elements lie as [K, rank], b's own layout.
     drops: as in `multi_shrink`.   Returns [T, K] in dtype, zero for a slot without a row.
     """
-    (M, K), G = x.shape, len(start)
+    K = x.shape[1]
+    launch, bands = _plan(
+        place(x), layout(x), f.shape[1], len(start), rows, dtype, by_feature, drops is not None, config
+    )
     out = x.new_empty((rows, K), dtype=dtype)
-    if M * K * rows == 0:
+    if launch is None:
         return out.zero_()
-    t = config or tile("multi_outer", arch(x), x.dtype, M, K)
-    bands = cdiv(M, BAND)
     sums = x.new_empty((bands, rows, K), dtype=torch.float32) if bands > 1 else out
-    launch(
-        _multi_outer_kernel, (cdiv(K, t.BLOCK_K), G * cdiv(f.shape[1] + 1, t.BLOCK_R), bands),
-        (x, f, routes.order, routes.counts, start, rank, biased, factor, *(drops or (x, x)), sums),
-        (M, K, G, rows, f.shape[1], *x.stride()),
-        BY_FEATURE=by_feature, DROPOUT=drops is not None, SLOTS=power_of_two(G), BAND=BAND,
-        PIECES=pieces(x.dtype, (torch.float32,), dtype), INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=t.BLOCK_R, BLOCK_K=t.BLOCK_K, options=t.options,
-    )  # fmt: skip
+    launch((x, f, routes.order, routes.counts, start, rank, biased, factor, *(drops or (x, x)), sums))
     return out if sums is out else reduce(sums, out)

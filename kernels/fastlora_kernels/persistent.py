@@ -8,6 +8,7 @@ of y in the order of the plain form, and each tile sums in that form's order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -15,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora_kernels.device import INTERPRET, processors
+from fastlora_kernels.device import INTERPRET, Place
 from fastlora_kernels.dot import cast, dot, pieces
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import Launch, Layout
 from fastlora_kernels.members import GROUP, strides
-from fastlora_kernels.prologue import Terms, low_rank_tile, rank_step, tile_at
+from fastlora_kernels.prologue import PlannedTerms, low_rank_tile, rank_step, tile_at
 from fastlora_kernels.sizes import cdiv
 from fastlora_kernels.tables import Tile
 
@@ -98,59 +99,80 @@ def _persistent_kernel(
             y_desc.store([row, col], cast(acc, y_desc.dtype, INTERPRET))
 
 
-def _by_rows(t: Tensor) -> bool:
-    """Whether TMA takes t as it lies: 16-bit rows, 16 bytes or a multiple apart, that neither overlap nor have gaps.
+def _by_rows(t: Layout) -> bool:
+    """Whether TMA takes a tensor as it lies: 16-bit rows, 16 bytes or a multiple apart, that neither overlap nor have
+    gaps; that it begins at a multiple of 16 bytes is another's to see.
 
     A coordinate is an int32. A stride of 0, as `y.sum().backward()` gives dy, is no distance for a descriptor.
     """
-    (rows, cols), (apart, inner) = t.shape, t.stride()
+    (rows, cols), (apart, inner), dtype = t
     return (
-        t.dtype.itemsize == 2
+        dtype.itemsize == 2
         and inner == 1
-        and t.data_ptr() % 16 == 0
         and apart % 8 == 0
         and cols <= apart
         and all(0 < size < 2**31 for size in (rows, cols, apart))
     )
 
 
-def takes_tma(xs: Sequence[Tensor], ws: Sequence[Tensor], y: Tensor) -> bool:
+def _transposed(t: Layout) -> Layout:
+    shape, strides_of, dtype = t
+    return torch.Size(reversed(shape)), strides_of[::-1], dtype
+
+
+def takes_tma(xs: Sequence[Layout], ws: Sequence[Layout], y: Layout) -> bool:
     """Whether descriptors can address each x: [M, K], each w: [N, K] (by its rows or by its columns) and y: [M, N]."""
-    same = all(t.dtype == y.dtype for t in (*xs, *ws))
-    return same and all(map(_by_rows, (y, *xs))) and all(_by_rows(w) or _by_rows(w.t()) for w in ws)
+    same = all(t[2] == y[2] for t in (*xs, *ws))
+    return same and all(map(_by_rows, (y, *xs))) and all(_by_rows(w) or _by_rows(_transposed(w)) for w in ws)
+
+
+class Boxes(NamedTuple):
+    """What descriptors are made of: the tile, and which w lies by its rows [N, K] rather than by its columns."""
+
+    tile: Tile
+    by_n: tuple[bool, ...]
+
+    def of(self, xs: Sequence[Tensor], ws: Sequence[Tensor], y: Tensor) -> tuple[TensorDescriptor | None, ...]:
+        """The descriptors of each x, each w and y, as the kernel takes them."""
+        t, absent = self.tile, [None] * (GROUP - len(xs))
+        x_descs = [TensorDescriptor(x, x.shape, x.stride(), [t.BLOCK_M, t.BLOCK_K]) for x in xs]
+        w_descs = []
+        for w, n in zip(ws, self.by_n, strict=True):
+            shape, strides_of = w.shape, w.stride()
+            if n:
+                w_descs.append(TensorDescriptor(w, shape, strides_of, [t.BLOCK_N, t.BLOCK_K]))
+            else:
+                w_descs.append(TensorDescriptor(w, shape[::-1], strides_of[::-1], [t.BLOCK_K, t.BLOCK_N]))
+        y_desc = TensorDescriptor(y, y.shape, y.stride(), [t.BLOCK_M, min(t.BLOCK_N, 128)])
+        return *x_descs, *absent, *w_descs, *absent, y_desc
 
 
 def persistent(
-    xs: Sequence[Tensor], ws: Sequence[Tensor], bias: Tensor | None, terms: Terms, y: Tensor, t: Tile
-) -> Tensor:
-    """y = Σ_i x_i·w_iᵀ + bias + the low-rank terms, written into y: [M, N]; for operands that `takes_tma`.
+    at: Place,
+    xs: Sequence[Layout],
+    ws: Sequence[Layout],
+    bias: Layout | None,
+    terms: PlannedTerms,
+    y: Layout,
+    t: Tile,
+) -> tuple[Launch, Boxes]:
+    """y = Σ_i x_i·w_iᵀ + bias + the low-rank terms, for operands that `takes_tma`: the launch, and its descriptors.
 
-    xs: [M, K] each, ws: [N, K] or a transposed [K, N] each, y: of one 16-bit dtype.   t: the tile, whose `specialize`
-    gives loads and products warps of their own, and whose `flatten` lets loads run on from a tile into the next.
+    xs: [M, K] each, ws: [N, K] or a transposed [K, N] each, y: [M, N], of one 16-bit dtype.   t: the tile, whose
+    `specialize` gives loads and products warps of their own, and whose `flatten` lets loads run on from a tile into the
+    next.   The launch takes bias, the hs, the bs, lora_bias and the seeds.
     """
-    (M, N), lora_bias = y.shape, terms.lora_bias
+    (M, N), _, dtype = y
     by_n = tuple(map(_by_rows, ws))
-    x_descs = [TensorDescriptor.from_tensor(x, [t.BLOCK_M, t.BLOCK_K]) for x in xs]
-    w_descs = [
-        TensorDescriptor.from_tensor(w, [t.BLOCK_N, t.BLOCK_K])
-        if n
-        else TensorDescriptor.from_tensor(w.t(), [t.BLOCK_K, t.BLOCK_N])
-        for w, n in zip(ws, by_n, strict=True)
-    ]
-    absent = [None] * (GROUP - len(xs))
     tiles, step = cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), rank_step(terms.rank, t)
-    launch(
-        _persistent_kernel, (min(tiles, t.programs * processors(y)), 1, 1),
-        (bias if bias is not None else y, tuple(terms.hs), tuple(terms.bs),
-         lora_bias if lora_bias is not None else y, terms.seeds if terms.seeds is not None else y),
-        (M, N, tuple(x.shape[1] for x in xs), tuple(h.shape[1] for h in terms.hs),
-         bias.stride(0) if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
-         lora_bias.stride(0) if lora_bias is not None else 0, tuple(map(float, terms.scales)), terms.thresholds),
-        (*x_descs, *absent, *w_descs, *absent, TensorDescriptor.from_tensor(y, [t.BLOCK_M, min(t.BLOCK_N, 128)])),
-        HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
-        PIECES=pieces(y.dtype, (torch.float32, *(b.dtype for b in terms.bs)), y.dtype),
-        W_BY_N=by_n, SPECIALIZE=t.specialize, FLATTEN=t.flatten and terms.rank <= step, INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=step,
-        GROUP_M=t.GROUP_M, options=t.options,
+    launch = Launch(
+        _persistent_kernel, (min(tiles, t.programs * at.processors), 1, 1),
+        (M, N, tuple(shape[1] for shape, _, _ in xs), tuple(shape[1] for shape, _, _ in terms.hs),
+         bias[1][0] if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+         terms.lora_bias[1][0] if terms.lora_bias is not None else 0, terms.scales, terms.thresholds),
+        t.options, HAS_BIAS=bias is not None, HAS_LORA_BIAS=terms.lora_bias is not None, SEEDS=terms.drops,
+        PIECES=pieces(dtype, terms.factors, dtype, at.precision), W_BY_N=by_n, SPECIALIZE=t.specialize,
+        FLATTEN=t.flatten and terms.rank <= step, INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=step, GROUP_M=t.GROUP_M,
     )  # fmt: skip
-    return y
+    return launch, Boxes(t, by_n)

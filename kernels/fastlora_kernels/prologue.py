@@ -7,19 +7,20 @@ at 128×256. The rank is walked in blocks with num_stages=1; one block of padded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.dot import dot
 from fastlora_kernels.dropout import keep, keep_by_halves
+from fastlora_kernels.launch import Layout, layout, layouts
 from fastlora_kernels.tables import Tile
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(NamedTuple):
     """What the prologue sums: mask_i ⊙ scale_i·(h_i·b_iᵀ), one a member of a group, or one with a lora_bias.
 
     hs: [M, R] fp32 each, bs: [N, R] each.   seeds: what masks are drawn from; drops: which of them each member's is,
@@ -28,21 +29,44 @@ class Terms:
 
     hs: Sequence[Tensor]
     bs: Sequence[Tensor]
-    scales: Sequence[float]
+    scales: tuple[float, ...]
     lora_bias: Tensor | None = None
     seeds: Tensor | None = None
     drops: tuple[int, ...] = (-1,)
     thresholds: tuple[int, ...] = (0,)
 
+    def planned(self) -> PlannedTerms:
+        """What a plan may look at."""
+        hs, bs, scales, lora_bias, seeds, drops, thresholds = self
+        bias = None if lora_bias is None else layout(lora_bias)
+        return PlannedTerms(layouts(hs), layouts(bs), scales, bias, seeds is not None, drops, thresholds)
+
+
+class PlannedTerms(NamedTuple):
+    """`Terms` with layouts for tensors."""
+
+    hs: tuple[Layout, ...]
+    bs: tuple[Layout, ...]
+    scales: tuple[float, ...]
+    lora_bias: Layout | None
+    seeded: bool
+    drops: tuple[int, ...]
+    thresholds: tuple[int, ...]
+
     @property
     def rank(self) -> int:
         """The largest."""
-        return max(h.shape[1] for h in self.hs)
+        return max(shape[1] for shape, _, _ in self.hs)
 
     @property
     def masks(self) -> int:
         """How many are masked."""
         return sum(at >= 0 for at in self.drops)
+
+    @property
+    def factors(self) -> tuple[torch.dtype, ...]:
+        """dtypes of what is multiplied."""
+        return torch.float32, *(dtype for _, _, dtype in self.bs)
 
 
 def rank_step(R: int, t: Tile) -> int:

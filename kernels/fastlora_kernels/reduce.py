@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layouts
 from fastlora_kernels.sizes import cdiv
 
 
@@ -36,17 +37,21 @@ def _reduce_kernel(
             tl.store(out_ptrs[i] + offs, cast(acc, out_ptrs[i].dtype.element_ty, INTERPRET), mask=mask)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(at: Place, parts: tuple[Layout, ...], outs: tuple[Layout, ...]) -> Launch:
+    sizes, block = tuple(shape.numel() for shape, _, _ in outs), 1024
+    return Launch(
+        _reduce_kernel, (cdiv(max(sizes), block), len(outs), 1), (parts[0][0][0], sizes),
+        {"num_warps": 4, "enable_fp_fusion": True}, INTERPRET=INTERPRET, BLOCK=block,
+    )  # fmt: skip
+
+
 def reduce_each(parts: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """out = Σ_i part[i] for each pair in one launch, summed in the order of i in fp32 and rounded once.
 
     parts: [P, …] fp32 each, contiguous, of one P.   outs: [...] any float dtype, contiguous, written.
     """
-    sizes, block = tuple(out.numel() for out in outs), 1024
-    launch(
-        _reduce_kernel, (cdiv(max(sizes), block), len(outs), 1), (tuple(parts), tuple(outs)),
-        (parts[0].shape[0], sizes), INTERPRET=INTERPRET, BLOCK=block,
-        options={"num_warps": 4, "enable_fp_fusion": True},
-    )  # fmt: skip
+    _plan(place(outs[0]), layouts(parts), layouts(outs))((tuple(parts), tuple(outs)))
 
 
 def reduce(parts: Tensor, out: Tensor) -> Tensor:

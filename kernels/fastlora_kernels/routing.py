@@ -7,6 +7,7 @@ CUDA graph replays with other adapters, more or fewer. All layers of a batch sha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.launch import launch
+from fastlora_kernels.device import Place, place
+from fastlora_kernels.launch import REMEMBERED, Launch
 from fastlora_kernels.sizes import cdiv, power_of_two
 
 TILE_ROWS = 16
@@ -111,16 +113,21 @@ class Routes:
         return cls(order[:M], tiles.view(-1, 3)[: max(T, 1)], counts)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(at: Place, M: int, G: int, tiles: int) -> tuple[Launch, Launch]:
+    count = Launch(_count_kernel, (G, 1, 1), (M,), CHUNK=CHUNK)
+    return count, Launch(
+        _route_kernel, (G, 1, 1), (M, G, tiles), TILE_ROWS=TILE_ROWS, SLOTS=power_of_two(G), CHUNK=CHUNK
+    )
+
+
 def route(slots: Tensor, routes: Routes) -> Routes:
     """Fill `routes` for the mapping.
 
     slots: [M] int32, contiguous, the slot of each row, −1 for base only; M and G as `routes` was made for.   Returns
     routes.
     """
-    M, G = len(slots), len(routes.counts)
-    launch(_count_kernel, (G, 1, 1), (slots, routes.counts), (M,), CHUNK=CHUNK)
-    launch(
-        _route_kernel, (G, 1, 1), (slots, routes.counts, routes.order, routes.tiles), (M, G, len(routes.tiles)),
-        TILE_ROWS=TILE_ROWS, SLOTS=power_of_two(G), CHUNK=CHUNK,
-    )  # fmt: skip
+    count, sort = _plan(place(slots), len(slots), len(routes.counts), len(routes.tiles))
+    count((slots, routes.counts))
+    sort((slots, routes.counts, routes.order, routes.tiles))
     return routes

@@ -7,16 +7,17 @@ columns, where a stack would be padded to 64; and stacking is a launch that copi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout, layouts
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.sizes import cdiv, power_of_two
@@ -84,6 +85,39 @@ def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
     return cdiv(long, size), size
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    x: Layout,
+    as_: tuple[Layout | None, ...],
+    ps: tuple[float, ...],
+    seeded: bool,
+    config: Tile | None,
+) -> tuple[Launch | None, int, int]:
+    """(what is launched, how many parts of h it writes, the columns of h); None where h is empty or zero."""
+    (M, K), stride_x, dtype = x
+    members = [i for i, a in enumerate(as_) if a is not None]
+    factors = [a for a in as_ if a is not None]
+    Rs = tuple(shape[0] for shape, _, _ in factors)
+    width = sum(Rs)
+    if M * K * width == 0:
+        return None, 1, width
+    drops = masked(ps, seeded)
+    t = config or tile("shrink" if len(factors) == 1 else "group_shrink", at.arch, dtype, M, K, max(Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
+    grid_m, grid_r = cdiv(M, t.BLOCK_M), max(map(cdiv, Rs, ranks))
+    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
+    launch = Launch(
+        _shrink_kernel, (grid_m, grid_r, parts),
+        (M, K, Rs, width, k_chunk, *stride_x, *strides(factors),
+         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in members), tuple(threshold(ps[i]) for i in members)),
+        t.options, SEEDS=tuple(drops[i] for i in members),
+        PIECES=tuple(pieces(dtype, (a[2],), torch.float32, at.precision) for a in factors), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K,
+    )  # fmt: skip
+    return launch, parts, width
+
+
 def group_shrink(
     x: Tensor,
     as_: Sequence[Tensor | None],
@@ -98,27 +132,13 @@ def group_shrink(
     ps: dropout probability in [0, 1) of each member.   seeds: [members] int64, what the Philox masks are keyed by.
     config: a forced tile.   Returns h: [M, ΣR] fp32.
     """
-    (M, K), at = x.shape, [i for i, a in enumerate(as_) if a is not None]
-    factors = [a for a in as_ if a is not None]
-    Rs = tuple(a.shape[0] for a in factors)
-    width = sum(Rs)
-    if M * K * width == 0:
-        return x.new_empty((M, width), dtype=torch.float32).zero_()
-    drops = masked(ps, seeds)
-    used = tuple(drops[i] for i in at)
-    t = config or tile("shrink" if len(factors) == 1 else "group_shrink", arch(x), x.dtype, M, K, max(Rs))
-    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
-    grid_m, grid_r = cdiv(M, t.BLOCK_M), max(map(cdiv, Rs, ranks))
-    parts, k_chunk = chunks(K, grid_m * grid_r, t.BLOCK_K, least=512)
-    h = x.new_empty((parts, M, width), dtype=torch.float32)
-    launch(
-        _shrink_kernel, (grid_m, grid_r, parts), (x, tuple(factors), seeds if seeds is not None else x, h),
-        (M, K, Rs, width, k_chunk, *x.stride(), *strides(factors),
-         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
-        SEEDS=used, PIECES=tuple(pieces(x.dtype, (a.dtype,), torch.float32) for a in factors), INTERPRET=INTERPRET,
-        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, options=t.options,
-    )  # fmt: skip
-    return h[0] if parts == 1 else reduce(h, h.new_empty((M, width)))
+    M = x.shape[0]
+    launch, parts, width = _plan(place(x), layout(x), layouts(as_), tuple(ps), seeds is not None, config)
+    h = x.new_empty((M, width) if parts == 1 else (parts, M, width), dtype=torch.float32)
+    if launch is None:
+        return h.zero_()
+    launch((x, tuple([a for a in as_ if a is not None]), x if seeds is None else seeds, h))
+    return h if parts == 1 else reduce(h, h.new_empty((M, width)))
 
 
 def shrink(x: Tensor, a: Tensor, *, p: float = 0.0, seed: Tensor | None = None, config: Tile | None = None) -> Tensor:

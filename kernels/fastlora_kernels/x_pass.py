@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora_kernels.device import INTERPRET, arch
+from fastlora_kernels.device import INTERPRET, Place, place
 from fastlora_kernels.dot import cast, pieces
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.dy_pass import bands
-from fastlora_kernels.launch import launch
+from fastlora_kernels.launch import REMEMBERED, Launch, Layout, layout, layouts
 from fastlora_kernels.members import masked, strides
 from fastlora_kernels.reduce import reduce_each
 from fastlora_kernels.shrink import block_r
@@ -60,6 +61,38 @@ def _x_kernel(
         tl.store(da_cols + offs_k[:, None], cast(da, da_ptrs[i].dtype.element_ty, INTERPRET), mask=mask)
 
 
+@lru_cache(maxsize=REMEMBERED)
+def _plan(
+    at: Place,
+    x: Layout,
+    dhs: tuple[Layout | None, ...],
+    dtypes: tuple[torch.dtype, ...],
+    ps: tuple[float, ...],
+    seeded: bool,
+    config: Tile | None,
+) -> tuple[Launch | None, int]:
+    """(what is launched, how many bands of rows it sums apart); None where nothing is wanted, or there is no row."""
+    (M, K), stride_x, dtype = x
+    members = [i for i, dh in enumerate(dhs) if dh is not None]
+    factors = [dh for dh in dhs if dh is not None]
+    if not factors or M * K == 0:
+        return None, 1
+    Rs = tuple(shape[1] for shape, _, _ in factors)
+    drops = masked(ps, seeded)
+    t = config or tile("x" if len(factors) == 1 else "group_x", at.arch, dtype, M, K, max(Rs))
+    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
+    n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
+    launch = Launch(
+        _x_kernel, (cdiv(K, t.BLOCK_K), max(map(cdiv, Rs, ranks)), n_bands),
+        (M, K, Rs, band_rows, *stride_x, *strides(factors),
+         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in members), tuple(threshold(ps[i]) for i in members)),
+        t.options, SEEDS=tuple(drops[i] for i in members),
+        PIECES=tuple(pieces(dtype, (torch.float32,), dtypes[i], at.precision) for i in members), INTERPRET=INTERPRET,
+        BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K,
+    )  # fmt: skip
+    return launch, n_bands
+
+
 def group_x_pass(
     x: Tensor,
     dhs: Sequence[Tensor | None],
@@ -74,28 +107,21 @@ def group_x_pass(
     x: [M, K] bf16/fp16/fp32, any strides.   dhs: [M, R] fp32 each, any strides; None where da_i is not wanted.
     dtypes: of the results, each a's.   ps, seeds: as in `group_shrink`.   Returns da_i: [R, K] each, or None.
     """
-    (M, K), at = x.shape, [i for i, dh in enumerate(dhs) if dh is not None]
-    factors = [dh for dh in dhs if dh is not None]
-    Rs = tuple(dh.shape[1] for dh in factors)
-    outs = [x.new_empty((R, K), dtype=dtypes[i]) for i, R in zip(at, Rs, strict=True)]
-    das: list[Tensor | None] = [None] * len(dhs)
-    for i, out in zip(at, outs, strict=True):
-        das[i] = out if M else out.zero_()
-    if not factors or M * K == 0:
-        return das
-    drops = masked(ps, seeds)
-    t = config or tile("x" if len(factors) == 1 else "group_x", arch(x), x.dtype, M, K, max(Rs))
-    ranks = tuple(block_r(R, len(Rs)) for R in Rs)
-    n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
-    parts = [x.new_empty((n_bands, R, K), dtype=torch.float32) for R in Rs] if n_bands > 1 else outs
-    launch(
-        _x_kernel, (cdiv(K, t.BLOCK_K), max(map(cdiv, Rs, ranks)), n_bands),
-        (x, tuple(factors), seeds if seeds is not None else x, tuple(parts)),
-        (M, K, Rs, band_rows, *x.stride(), *strides(factors),
-         tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in at), tuple(threshold(ps[i]) for i in at)),
-        SEEDS=tuple(drops[i] for i in at), PIECES=tuple(pieces(x.dtype, (torch.float32,), o.dtype) for o in outs),
-        INTERPRET=INTERPRET, BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K, options=t.options,
+    K, factors = x.shape[1], tuple([dh for dh in dhs if dh is not None])
+    launch, n_bands = _plan(
+        place(x), layout(x), layouts(dhs), tuple(dtypes), tuple(ps), seeds is not None, config
     )  # fmt: skip
+    das = [
+        None if dh is None else x.new_empty((dh.shape[1], K), dtype=dtype)
+        for dh, dtype in zip(dhs, dtypes, strict=True)
+    ]
+    outs = [da for da in das if da is not None]
+    if launch is None:
+        for da in outs:
+            da.zero_()
+        return das
+    parts = [x.new_empty((n_bands, *da.shape), dtype=torch.float32) for da in outs] if n_bands > 1 else outs
+    launch((x, factors, x if seeds is None else seeds, tuple(parts)))
     if n_bands > 1:
         reduce_each(parts, outs)
     return das
