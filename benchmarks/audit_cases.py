@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastlora_kernels as kernels
+from fastlora_kernels.dropout import empty_bits
 from fastlora_kernels.reduce import reduce
 from fastlora_kernels.routing import Drops, Routes
 from fastlora_kernels.tables import Tile, table, tile
@@ -27,15 +28,15 @@ AXES = {
 FLAGS = {
     "shrink": ("dropout",),
     "expand": ("biases",),
-    "add": ("add", "none dropout"),
+    "add": ("add", "none dropout", "add bits dropout"),
     "dy": ("",),
-    "x": ("dropout",),
-    "dx": ("", "dropout"),
+    "x": ("dropout", "bits dropout"),
+    "dx": ("", "dropout", "bits dropout"),
     "group_shrink": ("3 members dropout",),
     "group_dy": ("3 members",),
-    "group_x": ("3 members dropout",),
-    "group_dx": ("3 members 1 dropout", "3 members dropout"),
-    "group_add": ("3 members dropout",),
+    "group_x": ("3 members dropout", "3 members bits dropout"),
+    "group_dx": ("3 members 1 dropout", "3 members dropout", "3 members bits 1 dropout", "3 members bits dropout"),
+    "group_add": ("3 members dropout", "3 members bits dropout"),
     "glu": ("gelu dropout", "silu"),
     "glu_backward": ("gelu z", "gelu_tanh z"),
     "multi_shrink": ("3 layers", "dropout"),
@@ -44,7 +45,7 @@ FLAGS = {
     "multi_outer": ("by feature", "dropout"),
 }
 """The heaviest form of each kernel; the GEMM of dx also as it mostly runs, without a mask, and a
-group's with the one mask that its largest tiles take."""
+group's with the one mask that its largest tiles take. bits: masks that the x pass leaves for dx."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MIXES = (("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp16", "fp32"), ("fp32", "fp32"))
 """dtypes of the big operands and of the adapter."""
@@ -94,6 +95,7 @@ class Case:
         x, w, dy, h = of(M, K), of(N, K), of(M, N), of(M, R, dtype=torch.float32)
         a, b, lora_bias = of(R, K, dtype=adapter), of(N, R, dtype=adapter), of(N, dtype=adapter)
         p, seed = (0.1 if "dropout" in self.flags else 0.0), of(dtype=torch.int64)
+        bits = empty_bits(1, x) if "bits" in self.flags else None
         match self.kernel:
             case "shrink":
                 kernels.shrink(x, a, p=p, seed=seed, config=t)
@@ -104,13 +106,13 @@ class Case:
             case "add" if self.flags == "add":
                 kernels.add_expand(dy, h, b, 0.5, out=dy, config=t)
             case "add":
-                kernels.add_dx(x if "add" in self.flags else None, h, a, main, p=p, seed=seed, config=t)
+                kernels.add_dx(x if "add" in self.flags else None, h, a, main, p=p, seed=seed, bits=bits, config=t)
             case "dy":
                 kernels.dy_pass(dy, h, b, 0.5, config=t)
             case "x":
-                kernels.x_pass(x, h, adapter, p=p, seed=seed, config=t)
+                kernels.x_pass(x, h, adapter, p=p, seed=seed, bits=bits, config=t)
             case "dx":
-                kernels.dx(dy, w, h, a, p=p, seed=seed, config=t)
+                kernels.dx(dy, w, h, a, p=p, seed=seed, bits=bits, config=t)
             case "glu":
                 kernels.glu(x, dy, self.flags.split()[0], a, p=p, seed=seed, config=t)
             case "glu_backward":
@@ -131,6 +133,7 @@ class Case:
         hs = [shared[:, i * self.rank : (i + 1) * self.rank] for i in range(members)]
         ps = [0.1 if i < masks(self.flags) else 0.0 for i in range(members)]
         seeds, every = of(members, dtype=torch.int64), [True] * members
+        bits = empty_bits(members, x) if "bits" in self.flags else None
         match self.kernel:
             case "group_shrink":
                 kernels.group_shrink(x, [a] * members, ps=ps, seeds=seeds, config=self.tile)
@@ -140,11 +143,13 @@ class Case:
                     [dy] * members, hs, [b] * members, scales, want_dh=every, want_db=every, config=self.tile
                 )
             case "group_x":
-                kernels.group_x_pass(x, hs, [a.dtype] * members, ps=ps, seeds=seeds, config=self.tile)
+                kernels.group_x_pass(x, hs, [a.dtype] * members, ps=ps, seeds=seeds, bits=bits, config=self.tile)
             case "group_dx":
-                kernels.group_dx([dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, config=self.tile)
+                kernels.group_dx(
+                    [dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, bits=bits, config=self.tile
+                )
             case "group_add":
-                kernels.group_add_dx(x, hs, [a] * members, x.dtype, ps=ps, seeds=seeds, config=self.tile)
+                kernels.group_add_dx(x, hs, [a] * members, x.dtype, ps=ps, seeds=seeds, bits=bits, config=self.tile)
 
     def _launch_multi(self, x: Tensor, dy: Tensor, h: Tensor, of: Callable[..., Tensor]) -> None:
         """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastlora_kernels as kernels
 from benchmarks.probe import SCALE, Problem, operands, run
 from fastlora_kernels import Tile
+from fastlora_kernels.dropout import empty_bits
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Race:
 
             return {"fused": lambda: run(kernels, kernel, t, config=fused), "split": apart}
         dys, ws, dhs, as_ = ([getattr(t, name) for t in layers] for name in ("dy", "w", "dh", "a"))
-        how = {
-            "ps": [0.1] * self.masks + [0.0] * (len(layers) - self.masks),
-            "seeds": torch.stack([t.seed for t in layers]),
-        }
+        how: dict[str, Any] = {"ps": [0.1] * self.masks + [0.0] * (len(layers) - self.masks)}
+        if self.masks:  # which dx finds where the x pass left them
+            how["bits"], seeds = empty_bits(len(layers), t.x), torch.stack([t.seed for t in layers])
+            kernels.group_x_pass(t.x, dhs, [a.dtype for a in as_], **how, seeds=seeds)
 
         def added() -> Tensor:
             grad = torch.mm(dys[0], ws[0])

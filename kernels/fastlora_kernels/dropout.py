@@ -1,12 +1,20 @@
 """Dropout regenerated from a seed, never stored: the same bits in every kernel, whatever its tile.
 
 `fastlora.reference.dropout_mask` defines them: Philox-4x32-10 (Salmon et al. 2011), counter (row, col//8, 0, 0).
+Within one backward the x pass may leave the masks it draws for dx, a bit an element: drawing takes 11 integer
+instructions an element, reading a bit 3.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastlora_kernels.sizes import cdiv
 
 
 def threshold(p: float) -> int:
@@ -19,9 +27,26 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
+def empty_bits(masks: int, x: Tensor) -> Tensor:
+    """A place for masks of x: [M, K], one bit an element: [masks, M, ⌈K/128⌉·16] uint8; bit c of a row's byte g is
+    column 8g + c. Rows are 16 bytes or a multiple, so that loads are wide."""
+    M, K = x.shape
+    return x.new_empty((masks, M, cdiv(K, 128) * 16), dtype=torch.uint8)
+
+
+def bits_for(x: Tensor, read: Sequence[bool], drawn: Sequence[bool]) -> Tensor | None:
+    """Where the x pass leaves its masks for dx; None where dx has to draw one of its own, or has none.
+
+    read: whether dx masks a member's term.   drawn: whether the x pass draws the mask of that member.
+    """
+    if not any(read) or not all(there for there, wanted in zip(drawn, read, strict=True) if wanted):
+        return None
+    return empty_bits(len(read), x)
+
+
 @triton.jit
-def keep(seed, offs_m, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """keep[BLOCK_M, BLOCK_N] for rows offs_m and the BLOCK_N columns from col_start, a multiple of 8.
+def _words(seed, offs_m, col_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The random words of a tile, [BLOCK_M, BLOCK_N // 8] four times.
 
     One Philox call serves eight columns: four words, low half before high half.
     """
@@ -29,10 +54,59 @@ def keep(seed, offs_m, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.
     rows = offs_m.to(tl.uint32)[:, None] + tl.zeros([1, BLOCK_N // 8], tl.uint32)
     cols = groups.to(tl.uint32)[None, :] + tl.zeros([BLOCK_M, 1], tl.uint32)
     zero = tl.zeros([BLOCK_M, BLOCK_N // 8], tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, rows, cols, zero, zero)
+    return tl.philox(seed, rows, cols, zero, zero)
+
+
+@triton.jit
+def _kept(w0, w1, w2, w3, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # minor axes: high, then low bit of the word's number
     lanes = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK_M, BLOCK_N])
     return lanes >= threshold
+
+
+@triton.jit
+def keep(seed, offs_m, col_start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """keep[BLOCK_M, BLOCK_N] for rows offs_m and the BLOCK_N columns from col_start, a multiple of 8."""
+    w0, w1, w2, w3 = _words(seed, offs_m, col_start, BLOCK_M, BLOCK_N)
+    return _kept(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _two_bits(word, threshold):
+    low, high = (word & 0xFFFF) >= threshold, (word >> 16) >= threshold
+    return low.to(tl.int32) | (high.to(tl.int32) << 1)
+
+
+@triton.jit
+def keep_and_leave(
+    seed,
+    bits_ptr,
+    bits_width,
+    offs_m,
+    mask_m,
+    col_start,
+    threshold,
+    LEAVE,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`keep`, whose bits are stored too: in rows of bits_width bytes, unless LEAVE is false."""
+    w0, w1, w2, w3 = _words(seed, offs_m, col_start, BLOCK_M, BLOCK_N)
+    bits = _two_bits(w0, threshold) | (_two_bits(w1, threshold) << 2)
+    bits |= (_two_bits(w2, threshold) << 4) | (_two_bits(w3, threshold) << 6)
+    groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
+    at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
+    tl.store(bits_ptr + at, bits.to(tl.uint8), mask=mask_m[:, None] & (groups < bits_width)[None, :] & LEAVE)
+    return _kept(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def kept_before(bits_ptr, bits_width, offs_m, mask_m, col_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The mask that `keep_and_leave` left, for any tile; nothing is kept where it left none."""
+    groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
+    at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
+    bits = tl.load(bits_ptr + at, mask=mask_m[:, None] & (groups < bits_width)[None, :], other=0).to(tl.int32)
+    return tl.reshape((bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, [BLOCK_M, BLOCK_N]) != 0
 
 
 @triton.jit

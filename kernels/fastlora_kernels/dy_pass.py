@@ -90,9 +90,9 @@ def _db_tile(
 ):
     """db[band, a block of dy's columns] over the rows of a band."""
     (db,) = outer_tile(
-        dy_ptr, (h_ptr,), dy_ptr, N, (R,), stride_dm, stride_dn, (stride_hm,), (stride_hr,), pid_n, pid_r,
-        band * band_rows, tl.minimum(M, (band + 1) * band_rows), (0,),
-        (-1,), (PIECES,), INTERPRET, BLOCK_K, (BLOCK_R,), BLOCK_N,
+        dy_ptr, (h_ptr,), dy_ptr, dy_ptr, M, N, (R,), 0, stride_dm, stride_dn, (stride_hm,), (stride_hr,),
+        pid_n, pid_r, band * band_rows, tl.minimum(M, (band + 1) * band_rows), (0,),
+        (-1,), False, (PIECES,), INTERPRET, BLOCK_K, (BLOCK_R,), BLOCK_N,
     )  # fmt: skip
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = ranks_at(pid_r, BLOCK_R)

@@ -38,12 +38,13 @@ def _expand_kernel(
     h_ptrs,
     b_ptrs,
     lora_bias_ptr,
-    seeds_ptr,
+    masks_ptr,
     y_ptr,
     M,
     N,
     Ks,
     Rs,
+    bits_width,
     strides_xm,
     strides_xk,
     strides_wn,
@@ -61,7 +62,8 @@ def _expand_kernel(
     BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
-    SEEDS: tl.constexpr,
+    DROPS: tl.constexpr,
+    BITS: tl.constexpr,
     PIECES: tl.constexpr,
     MAIN_PIECES: tl.constexpr,
     EVEN_N: tl.constexpr,
@@ -88,9 +90,9 @@ def _expand_kernel(
         )
 
     acc = low_rank_tile(
-        h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
+        h_ptrs, b_ptrs, lora_bias_ptr, masks_ptr, M, N, Rs, bits_width, strides_hm, strides_hr, strides_bn, strides_br,
         stride_lora_bias, pid_m, pid_n, scales, thresholds,
-        HAS_LORA_BIAS, SEEDS, False, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        HAS_LORA_BIAS, DROPS, BITS, False, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if BASE == 0:
         for i in tl.static_range(len(x_ptrs)):
@@ -128,18 +130,20 @@ def _plan(
     """
     M, N = y[0]
     main = xs[0][2] if base != NONE else y[2]
-    t = config or tile(kernel, at.arch, main, M, N, terms.rank, masks=terms.masks)
+    t = config or tile(kernel, at.arch, main, M, N, terms.rank, masks=terms.masked)
     if t.tma and base == GEMM:
         if tma and takes_tma(xs, ws, y):
             return persistent(at, xs, ws, bias, terms, y, t)
-        t = config or tile(kernel, at.arch, main, M, N, terms.rank, False, terms.masks)
+        t = config or tile(kernel, at.arch, main, M, N, terms.rank, False, terms.masked)
     Ks, lora_bias = tuple(shape[1] for shape, _, _ in ws), terms.lora_bias
     launch = Launch(
         _expand_kernel, (cdiv(M, t.BLOCK_M) * cdiv(N, t.BLOCK_N), 1, 1),
-        (M, N, Ks or (0,), tuple(shape[1] for shape, _, _ in terms.hs), *strides(xs), *strides(ws or xs),
+        (M, N, Ks or (0,), tuple(shape[1] for shape, _, _ in terms.hs), terms.bits_width,
+         *strides(xs), *strides(ws or xs),
          bias[1][0] if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
          lora_bias[1][0] if lora_bias is not None else 0, *y[1], terms.scales, terms.thresholds),
-        t.options, BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, SEEDS=terms.drops,
+        t.options, BASE=base, HAS_BIAS=bias is not None, HAS_LORA_BIAS=lora_bias is not None, DROPS=terms.drops,
+        BITS=terms.bits_width is not None,
         PIECES=pieces(main, terms.factors, y[2], at.precision),
         MAIN_PIECES=pieces(main, tuple(dtype for _, _, dtype in ws), y[2], at.precision),
         EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
@@ -167,7 +171,7 @@ def _run(
     )  # fmt: skip
     beside = (
         y if bias is None else bias, tuple(terms.hs), tuple(terms.bs),
-        y if terms.lora_bias is None else terms.lora_bias, y if terms.seeds is None else terms.seeds,
+        y if terms.lora_bias is None else terms.lora_bias, y if terms.masks is None else terms.masks,
     )  # fmt: skip
     if boxes is not None:
         launch(beside, boxes.of(xs, ws, y))
@@ -217,17 +221,21 @@ def add_expand(
 
 
 def _dx_terms(
-    dhs: Sequence[Tensor | None], as_: Sequence[Tensor | None], ps: Sequence[float], seeds: Tensor | None
+    dhs: Sequence[Tensor | None],
+    as_: Sequence[Tensor | None],
+    ps: Sequence[float],
+    seeds: Tensor | None,
+    bits: Tensor | None,
 ) -> Terms:
     """mask_i/(1−p_i) ⊙ (dh_i·a_i) of the members that have both, the masked ones first."""
     both = [(i, dh, a.t()) for i, (dh, a) in enumerate(zip(dhs, as_, strict=True)) if dh is not None and a is not None]
-    drops = masked(ps, seeds is not None)
+    drops = masked(ps, seeds is not None or bits is not None)
     both.sort(key=lambda term: drops[term[0]] < 0)
     return Terms(
         [dh for _, dh, _ in both],
         [b for _, _, b in both],
         tuple([keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i, _, _ in both]),
-        seeds=seeds,
+        masks=seeds if bits is None else bits,
         drops=tuple([drops[i] for i, _, _ in both]),
         thresholds=tuple([threshold(ps[i]) for i, _, _ in both]),
     )
@@ -241,15 +249,16 @@ def group_dx(
     *,
     ps: Sequence[float],
     seeds: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """dx = Σ_i dy_i·w_i + Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i) in one accumulator, written and rounded once.
 
     dys: [M, N] each, ws: [N, K] each, of one dtype, any strides (0 too).   dhs: [M, R] fp32 each, any strides, and
     as_: [R, K] each; None in either has no term, and one member must have one.   ps, seeds: as in `group_shrink`.
-    Returns dx: [M, K] in the dys' dtype.
+    bits: the masks, where the x pass left them; they are then not drawn again.   Returns dx: [M, K] in the dys' dtype.
     """
-    grad, terms = dys[0].new_empty((dys[0].shape[0], ws[0].shape[1])), _dx_terms(dhs, as_, ps, seeds)
+    grad, terms = dys[0].new_empty((dys[0].shape[0], ws[0].shape[1])), _dx_terms(dhs, as_, ps, seeds, bits)
     alone = len(dys) == len(terms.hs) == 1
     return _run("dx" if alone else "group_dx", GEMM, dys, [w.t() for w in ws], None, terms, grad, config)
 
@@ -262,14 +271,15 @@ def dx(
     *,
     p: float = 0.0,
     seed: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """dx = dy·w + mask/(1−p) ⊙ (dh·a) in one GEMM, rounded once  (the *fused* strategy).
 
     dy: [M, N], w: [N, K] of one dtype, any strides (0 too).   dh: [M, R] fp32.   a: [R, K].   p, seed: as in `shrink`.
-    Returns dx: [M, K] in dy's dtype.
+    bits: as in `group_dx`.   Returns dx: [M, K] in dy's dtype.
     """
-    return group_dx([dy], [w], [dh], [a], ps=[p], seeds=seed, config=config)
+    return group_dx([dy], [w], [dh], [a], ps=[p], seeds=seed, bits=bits, config=config)
 
 
 def group_add_dx(
@@ -280,6 +290,7 @@ def group_add_dx(
     *,
     ps: Sequence[float],
     seeds: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """base + Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i), in place where there is a base  (the *split* strategy's dx).
@@ -287,7 +298,7 @@ def group_add_dx(
     base: [M, K] = Σ_i dy_i·w_i, or None for the low-rank terms alone in `dtype`.   The rest as in `group_dx`.
     Returns dx: [M, K].
     """
-    terms = _dx_terms(dhs, as_, ps, seeds)
+    terms = _dx_terms(dhs, as_, ps, seeds, bits)
     grad = base
     if grad is None:
         grad = terms.hs[0].new_empty((terms.hs[0].shape[0], terms.bs[0].shape[0]), dtype=dtype)
@@ -303,10 +314,11 @@ def add_dx(
     *,
     p: float = 0.0,
     seed: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """base + mask/(1−p) ⊙ (dh·a), in place where there is a base  (the *split* strategy's dx).
 
     base: [M, K] = dy·w, or None for the low-rank term alone in `dtype`.   Returns dx: [M, K].
     """
-    return group_add_dx(base, [dh], [a], dtype, ps=[p], seeds=seed, config=config)
+    return group_add_dx(base, [dh], [a], dtype, ps=[p], seeds=seed, bits=bits, config=config)

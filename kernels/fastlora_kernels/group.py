@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora_kernels.device import arch
+from fastlora_kernels.dropout import bits_for
 from fastlora_kernels.dy_pass import group_dy_pass
 from fastlora_kernels.expand import group_add_dx, group_dx
 from fastlora_kernels.linear import base_linear, chosen, expand_by
@@ -77,29 +78,34 @@ def group_backward(
     """
     want_da = [wanted and a is not None for a, wanted in zip(as_, want_das, strict=True)]
     dhs, dbs = _of_dys(dys, as_, bs, h, scales, [want_dx or wanted for wanted in want_da], want_dbs)
-    grad, since = None, None
+    dtypes = [a.dtype if a is not None else torch.float32 for a in as_]
+    for_das = [dh if wanted and x is not None else None for dh, wanted in zip(dhs, want_da, strict=True)]
+    das: list[Tensor | None] = [None] * len(as_)
+    grad, since, pending = None, None, any(dh is not None for dh in for_das)
     used = [(dy, w) for dy, w in zip(dys, ws, strict=True) if dy is not None and w is not None]
     if want_dx and used:
         outs, rows = [dy for dy, _ in used], [w for _, w in used]
         N, R = sum(w.shape[0] for w in rows), sum(dh.shape[1] for dh in dhs if dh is not None)
         kernel = "dx" if len(used) == 1 else "group_dx"
-        masks = sum(p > 0 for p, dh in zip(ps, dhs, strict=True) if dh is not None)
-        fused = R > 0 and chosen(kernel, outs[0], rows[0].shape[1], N, R, how, masks) == "fused"
-        since = mark(outs[0], fused and any(want_da) and pays(arch(outs[0])))
+        drops = [p > 0 and seeds is not None and dh is not None for p, dh in zip(ps, dhs, strict=True)]
+        fused = R > 0 and chosen(kernel, outs[0], rows[0].shape[1], N, R, how, sum(drops)) == "fused"
+        overlaps, bits = fused and pending and pays(arch(outs[0])), None
+        if x is not None and not overlaps:
+            bits = bits_for(x, drops, [dh is not None for dh in for_das])
+        if x is not None and bits is not None:
+            das, pending = group_x_pass(x, for_das, dtypes, ps=ps, seeds=seeds, bits=bits), False
+        since = mark(outs[0], overlaps)
         if fused:
-            grad = group_dx(outs, rows, dhs, as_, ps=ps, seeds=seeds)
+            grad = group_dx(outs, rows, dhs, as_, ps=ps, seeds=seeds, bits=bits)
         else:
             grad = torch.mm(outs[0], rows[0])
             for dy, w in used[1:]:
                 grad.addmm_(dy, w)
             if R > 0:
-                grad = group_add_dx(grad, dhs, as_, grad.dtype, ps=ps, seeds=seeds)
-    das: list[Tensor | None] = [None] * len(as_)
-    wanted_dhs = [dh if wanted else None for dh, wanted in zip(dhs, want_da, strict=True)]
-    if x is not None and any(dh is not None for dh in wanted_dhs):
-        dtypes = [a.dtype if a is not None else x.dtype for a in as_]
+                grad = group_add_dx(grad, dhs, as_, grad.dtype, ps=ps, seeds=seeds, bits=bits)
+    if x is not None and pending:
         with aside(x, since):
-            das = group_x_pass(x, wanted_dhs, dtypes, ps=ps, seeds=seeds)
+            das = group_x_pass(x, for_das, dtypes, ps=ps, seeds=seeds)
         if since is not None:
             for da in das:
                 if da is not None:  # their memory is the second stream's

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora_kernels.device import arch
+from fastlora_kernels.dropout import bits_for
 from fastlora_kernels.dy_pass import dy_pass
 from fastlora_kernels.expand import add_dx, add_expand, dx, expand
 from fastlora_kernels.overlap import aside, mark, pays
@@ -81,11 +82,20 @@ def lora_update(
     return add_expand(y, h, b, scale, lora_bias, out=y.new_empty(y.shape, dtype=dtype)), h
 
 
-def dx_by(dy: Tensor, w: Tensor | None, dh: Tensor, a: Tensor, p: float, seed: Tensor | None, fused: bool) -> Tensor:
+def dx_by(
+    dy: Tensor,
+    w: Tensor | None,
+    dh: Tensor,
+    a: Tensor,
+    p: float,
+    seed: Tensor | None,
+    fused: bool,
+    bits: Tensor | None = None,
+) -> Tensor:
     """dx = dy·w + mask/(1−p) ⊙ (dh·a), *fused* or *split*; without w the low-rank term alone."""
     if fused and w is not None:
-        return dx(dy, w, dh, a, p=p, seed=seed)
-    return add_dx(torch.mm(dy, w) if w is not None else None, dh, a, dy.dtype, p=p, seed=seed)
+        return dx(dy, w, dh, a, p=p, seed=seed, bits=bits)
+    return add_dx(torch.mm(dy, w) if w is not None else None, dh, a, dy.dtype, p=p, seed=seed, bits=bits)
 
 
 def lora_backward(
@@ -109,16 +119,20 @@ def lora_backward(
     Returns dx: [M, K] in dy's dtype, da in a's, db in b's.
     """
     dh, db = dy_pass(dy, h, b, scale, want_dh=want_dx or want_da, want_db=want_db)
-    grad = da = None
+    grad = da = bits = None
     if dh is None:
         return grad, da, db
-    fused = (
-        want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how, int(p > 0)) == "fused"
-    )
-    since = mark(dh, fused and want_da and pays(arch(dy)))
+    drops = p > 0 and seed is not None
+    fused = want_dx and w is not None and chosen("dx", dy, w.shape[1], w.shape[0], a.shape[0], how, drops) == "fused"
+    overlaps = fused and want_da and pays(arch(dy))
+    if x is not None and want_da and want_dx and not overlaps:
+        bits = bits_for(x, [drops], [True])
+    if x is not None and bits is not None:
+        da = x_pass(x, dh, a.dtype, p=p, seed=seed, bits=bits)
+    since = mark(dh, overlaps)
     if want_dx:
-        grad = dx_by(dy, w, dh, a, p, seed, fused)
-    if want_da and x is not None:
+        grad = dx_by(dy, w, dh, a, p, seed, fused, bits)
+    if x is not None and want_da and da is None:
         with aside(dh, since):
             da = x_pass(x, dh, a.dtype, p=p, seed=seed)
         if since is not None:

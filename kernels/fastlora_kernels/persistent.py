@@ -38,11 +38,12 @@ def _persistent_kernel(
     h_ptrs,
     b_ptrs,
     lora_bias_ptr,
-    seeds_ptr,
+    masks_ptr,
     M,
     N,
     Ks,
     Rs,
+    bits_width,
     stride_bias,
     strides_hm,
     strides_hr,
@@ -53,7 +54,8 @@ def _persistent_kernel(
     thresholds,
     HAS_BIAS: tl.constexpr,
     HAS_LORA_BIAS: tl.constexpr,
-    SEEDS: tl.constexpr,
+    DROPS: tl.constexpr,
+    BITS: tl.constexpr,
     PIECES: tl.constexpr,
     W_BY_N: tl.constexpr,
     SPECIALIZE: tl.constexpr,
@@ -72,9 +74,9 @@ def _persistent_kernel(
     for pid in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_at(pid, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = low_rank_tile(
-            h_ptrs, b_ptrs, lora_bias_ptr, seeds_ptr, M, N, Rs, strides_hm, strides_hr, strides_bn, strides_br,
-            stride_lora_bias, pid_m, pid_n, scales, thresholds,
-            HAS_LORA_BIAS, SEEDS, BLOCK_N > 128, FLATTEN, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+            h_ptrs, b_ptrs, lora_bias_ptr, masks_ptr, M, N, Rs, bits_width, strides_hm, strides_hr, strides_bn,
+            strides_br, stride_lora_bias, pid_m, pid_n, scales, thresholds,
+            HAS_LORA_BIAS, DROPS, BITS, BLOCK_N > 128, FLATTEN, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for i in tl.static_range(len(Ks)):
@@ -168,9 +170,10 @@ def persistent(
     launch = Launch(
         _persistent_kernel, (min(tiles, t.programs * at.processors), 1, 1),
         (M, N, tuple(shape[1] for shape, _, _ in xs), tuple(shape[1] for shape, _, _ in terms.hs),
-         bias[1][0] if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
+         terms.bits_width, bias[1][0] if bias is not None else 0, *strides(terms.hs), *strides(terms.bs),
          terms.lora_bias[1][0] if terms.lora_bias is not None else 0, terms.scales, terms.thresholds),
-        t.options, HAS_BIAS=bias is not None, HAS_LORA_BIAS=terms.lora_bias is not None, SEEDS=terms.drops,
+        t.options, HAS_BIAS=bias is not None, HAS_LORA_BIAS=terms.lora_bias is not None, DROPS=terms.drops,
+        BITS=terms.bits_width is not None,
         PIECES=pieces(dtype, terms.factors, dtype, at.precision), W_BY_N=by_n, SPECIALIZE=t.specialize,
         FLATTEN=t.flatten and terms.rank <= step, INTERPRET=INTERPRET,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=step, GROUP_M=t.GROUP_M,

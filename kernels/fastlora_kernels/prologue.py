@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.dot import dot
-from fastlora_kernels.dropout import keep, keep_by_halves
+from fastlora_kernels.dropout import keep, keep_by_halves, kept_before
 from fastlora_kernels.launch import Layout, layout, layouts
 from fastlora_kernels.tables import Tile
 
@@ -23,23 +23,25 @@ from fastlora_kernels.tables import Tile
 class Terms(NamedTuple):
     """What the prologue sums: mask_i ⊙ scale_i·(h_i·b_iᵀ), one a member of a group, or one with a lora_bias.
 
-    hs: [M, R] fp32 each, bs: [N, R] each.   seeds: what masks are drawn from; drops: which of them each member's is,
-    −1 for none, and those behind the others.   thresholds: of each mask.
+    hs: [M, R] fp32 each, bs: [N, R] each.   masks: the seeds they are drawn from, or the bits that the x pass left;
+    drops: which of them each member's is, −1 for none, and those behind the others.   thresholds: of each mask.
     """
 
     hs: Sequence[Tensor]
     bs: Sequence[Tensor]
     scales: tuple[float, ...]
     lora_bias: Tensor | None = None
-    seeds: Tensor | None = None
+    masks: Tensor | None = None
     drops: tuple[int, ...] = (-1,)
     thresholds: tuple[int, ...] = (0,)
 
     def planned(self) -> PlannedTerms:
         """What a plan may look at."""
-        hs, bs, scales, lora_bias, seeds, drops, thresholds = self
+        hs, bs, scales, lora_bias, masks, drops, thresholds = self
         bias = None if lora_bias is None else layout(lora_bias)
-        return PlannedTerms(layouts(hs), layouts(bs), scales, bias, seeds is not None, drops, thresholds)
+        return PlannedTerms(
+            layouts(hs), layouts(bs), scales, bias, None if masks is None else layout(masks), drops, thresholds
+        )
 
 
 class PlannedTerms(NamedTuple):
@@ -49,9 +51,14 @@ class PlannedTerms(NamedTuple):
     bs: tuple[Layout, ...]
     scales: tuple[float, ...]
     lora_bias: Layout | None
-    seeded: bool
+    masks: Layout | None
     drops: tuple[int, ...]
     thresholds: tuple[int, ...]
+
+    @property
+    def bits_width(self) -> int | None:
+        """Bytes of a row of the bits that the x pass left; None where masks are drawn: a 0 would take a register."""
+        return self.masks[0][2] if self.masks is not None and self.masks[2] == torch.uint8 else None
 
     @property
     def rank(self) -> int:
@@ -59,7 +66,7 @@ class PlannedTerms(NamedTuple):
         return max(shape[1] for shape, _, _ in self.hs)
 
     @property
-    def masks(self) -> int:
+    def masked(self) -> int:
         """How many are masked."""
         return sum(at >= 0 for at in self.drops)
 
@@ -165,10 +172,11 @@ def low_rank_tile(
     h_ptrs,
     b_ptrs,
     lora_bias_ptr,
-    seeds_ptr,
+    masks_ptr,
     M,
     N,
     Rs,
+    bits_width,
     strides_hm,
     strides_hr,
     strides_bn,
@@ -179,7 +187,8 @@ def low_rank_tile(
     scales,
     thresholds,
     HAS_LORA_BIAS: tl.constexpr,
-    SEEDS: tl.constexpr,
+    DROPS: tl.constexpr,
+    BITS: tl.constexpr,
     BY_HALVES: tl.constexpr,
     ONE_STEP: tl.constexpr,
     PIECES: tl.constexpr,
@@ -189,6 +198,8 @@ def low_rank_tile(
     BLOCK_R: tl.constexpr,
 ):
     """[BLOCK_M, BLOCK_N] of Σ mask ⊙ scale·(h·bᵀ) in fp32; rows past M and columns past N hold no NaN.
+
+    BITS: masks_ptr leads to the bits of the masks, not to their seeds.
 
     The masked members come first (see `Terms`): the first of them is masked in the accumulator itself, each further one
     in a second accumulator. A member without a mask (of several: without a scale) is added in place; a lora_bias is a
@@ -200,7 +211,7 @@ def low_rank_tile(
     mask_n = offs_n < N
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(len(h_ptrs)):
-        term = acc if SEEDS[i] < 0 else tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        term = acc if DROPS[i] < 0 else tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         term = _add_product(
             h_ptrs[i], b_ptrs[i], term, Rs[i], strides_hm[i], strides_hr[i], strides_bn[i], strides_br[i],
             offs_m, offs_n, mask_m, mask_n, ONE_STEP, PIECES, INTERPRET, BLOCK_R,
@@ -208,10 +219,15 @@ def low_rank_tile(
         if HAS_LORA_BIAS:
             lora_bias = tl.load(lora_bias_ptr + offs_n * stride_lora_bias, mask=mask_n, other=0.0)
             term += lora_bias.to(tl.float32)[None, :]
-        if SEEDS[i] >= 0 or len(h_ptrs) == 1:
+        if DROPS[i] >= 0 or len(h_ptrs) == 1:
             term *= tl.cast(scales[i], tl.float32)
-        if SEEDS[i] >= 0:
-            seed = tl.load(seeds_ptr + SEEDS[i])
-            term = _masked(term, seed, offs_m, pid_n * BLOCK_N, thresholds[i], BY_HALVES, BLOCK_M, BLOCK_N)
-        acc = acc + term if SEEDS[i] >= 0 and i > 0 else term
+        if DROPS[i] >= 0:
+            if BITS:
+                bits_ptr = masks_ptr + tl.cast(M, tl.int64) * bits_width * DROPS[i]
+                kept = kept_before(bits_ptr, bits_width, offs_m, mask_m, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
+                term = tl.where(kept, term, 0.0)
+            else:
+                seed = tl.load(masks_ptr + DROPS[i])
+                term = _masked(term, seed, offs_m, pid_n * BLOCK_N, thresholds[i], BY_HALVES, BLOCK_M, BLOCK_N)
+        acc = acc + term if DROPS[i] >= 0 and i > 0 else term
     return acc

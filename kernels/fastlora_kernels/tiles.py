@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from fastlora_kernels.dot import dot
-from fastlora_kernels.dropout import keep
+from fastlora_kernels.dropout import keep, keep_and_leave
 
 
 @triton.jit
@@ -104,8 +104,11 @@ def outer_tile(
     x_ptr,
     f_ptrs,
     seeds_ptr,
+    bits_ptr,
+    M,
     K,
     Rs,
+    bits_width,
     stride_xm,
     stride_xk,
     strides_fm,
@@ -116,13 +119,17 @@ def outer_tile(
     m_end,
     thresholds,
     SEEDS,
+    BITS: tl.constexpr,
     PIECES,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R,
     BLOCK_K: tl.constexpr,
 ):
-    """[BLOCK_K, BLOCK_R] of drop(x)ᵀ·f, one a factor, over the rows m_start…m_end."""
+    """[BLOCK_K, BLOCK_R] of drop(x)ᵀ·f, one a factor, over the rows m_start…m_end.
+
+    BITS: the masks are left in bits[seed's number], by the program of the first ranks.
+    """
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     x_cols = x_ptr + offs_k.to(tl.int64)[None, :] * stride_xk
@@ -141,7 +148,14 @@ def outer_tile(
         sums = ()
         for i in tl.static_range(len(f_ptrs)):
             mask_r = ranks_at(pid_r, BLOCK_R[i]) < Rs[i]
-            dropped = _drop(x, seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
+            if BITS and SEEDS[i] >= 0:
+                kept = keep_and_leave(
+                    seeds[i], bits_ptr + tl.cast(M, tl.int64) * bits_width * SEEDS[i], bits_width, offs_m, mask_m,
+                    pid_k * BLOCK_K, thresholds[i], pid_r == 0, BLOCK_M, BLOCK_K,
+                )  # fmt: skip
+                dropped = tl.where(kept, x, 0.0)
+            else:
+                dropped = _drop(x, seeds[i], offs_m, pid_k * BLOCK_K, thresholds[i], SEEDS[i], BLOCK_M, BLOCK_K)
             f = tl.load(f_cols[i] + rows * strides_fm[i], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             sums = sums + (dot(tl.trans(dropped), f, accs[i], PIECES[i], INTERPRET, ROUNDED=True),)
         accs = sums

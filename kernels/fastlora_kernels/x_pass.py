@@ -28,10 +28,12 @@ def _x_kernel(
     x_ptr,
     dh_ptrs,
     seeds_ptr,
+    bits_ptr,
     da_ptrs,
     M,
     K,
     Rs,
+    bits_width,
     band_rows,
     stride_xm,
     stride_xk,
@@ -40,6 +42,7 @@ def _x_kernel(
     scales,
     thresholds,
     SEEDS: tl.constexpr,
+    BITS: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -48,9 +51,9 @@ def _x_kernel(
 ):
     pid_k, pid_r, band = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     das = outer_tile(
-        x_ptr, dh_ptrs, seeds_ptr, K, Rs, stride_xm, stride_xk, strides_hm, strides_hr, pid_k, pid_r,
-        band * band_rows, tl.minimum(M, (band + 1) * band_rows), thresholds,
-        SEEDS, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
+        x_ptr, dh_ptrs, seeds_ptr, bits_ptr, M, K, Rs, bits_width, stride_xm, stride_xk, strides_hm, strides_hr,
+        pid_k, pid_r, band * band_rows, tl.minimum(M, (band + 1) * band_rows), thresholds,
+        SEEDS, BITS, PIECES, INTERPRET, BLOCK_M, BLOCK_R, BLOCK_K,
     )  # fmt: skip
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     for i in tl.static_range(len(dh_ptrs)):
@@ -69,6 +72,7 @@ def _plan(
     dtypes: tuple[torch.dtype, ...],
     ps: tuple[float, ...],
     seeded: bool,
+    bits_width: int | None,
     config: Tile | None,
 ) -> tuple[Launch | None, int]:
     """(what is launched, how many bands of rows it sums apart); None where nothing is wanted, or there is no row."""
@@ -84,9 +88,9 @@ def _plan(
     n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
     launch = Launch(
         _x_kernel, (cdiv(K, t.BLOCK_K), max(map(cdiv, Rs, ranks)), n_bands),
-        (M, K, Rs, band_rows, *stride_x, *strides(factors),
+        (M, K, Rs, bits_width, band_rows, *stride_x, *strides(factors),
          tuple(keep_scale(ps[i]) if drops[i] >= 0 else 1.0 for i in members), tuple(threshold(ps[i]) for i in members)),
-        t.options, SEEDS=tuple(drops[i] for i in members),
+        t.options, SEEDS=tuple(drops[i] for i in members), BITS=bits_width is not None,
         PIECES=tuple(pieces(dtype, (torch.float32,), dtypes[i], at.precision) for i in members), INTERPRET=INTERPRET,
         BLOCK_M=t.BLOCK_M, BLOCK_R=ranks, BLOCK_K=t.BLOCK_K,
     )  # fmt: skip
@@ -100,16 +104,19 @@ def group_x_pass(
     *,
     ps: Sequence[float],
     seeds: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> list[Tensor | None]:
     """da_i = dh_iᵀ · drop_i(x) of each member from one read of x.
 
     x: [M, K] bf16/fp16/fp32, any strides.   dhs: [M, R] fp32 each, any strides; None where da_i is not wanted.
-    dtypes: of the results, each a's.   ps, seeds: as in `group_shrink`.   Returns da_i: [R, K] each, or None.
+    dtypes: of the results, each a's.   ps, seeds: as in `group_shrink`.   bits: from `empty_bits`, as many as seeds,
+    where the mask of a member whose da_i is wanted is left for dx.   Returns da_i: [R, K] each, or None.
     """
     K, factors = x.shape[1], tuple([dh for dh in dhs if dh is not None])
     launch, n_bands = _plan(
-        place(x), layout(x), layouts(dhs), tuple(dtypes), tuple(ps), seeds is not None, config
+        place(x), layout(x), layouts(dhs), tuple(dtypes), tuple(ps), seeds is not None,
+        bits.shape[2] if bits is not None else None, config,
     )  # fmt: skip
     das = [
         None if dh is None else x.new_empty((dh.shape[1], K), dtype=dtype)
@@ -121,7 +128,7 @@ def group_x_pass(
             da.zero_()
         return das
     parts = [x.new_empty((n_bands, *da.shape), dtype=torch.float32) for da in outs] if n_bands > 1 else outs
-    launch((x, factors, x if seeds is None else seeds, tuple(parts)))
+    launch((x, factors, x if seeds is None else seeds, x if bits is None else bits, tuple(parts)))
     if n_bands > 1:
         reduce_each(parts, outs)
     return das
@@ -134,13 +141,14 @@ def x_pass(
     *,
     p: float = 0.0,
     seed: Tensor | None = None,
+    bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
     """da = dhᵀ · drop(x).
 
     x: [M, K] bf16/fp16/fp32, any strides.   dh: [M, R] fp32.   dtype: of the result, a's.   p, seed: as in `shrink`.
-    Returns da: [R, K].
+    bits: as in `group_x_pass`.   Returns da: [R, K].
     """
-    (da,) = group_x_pass(x, [dh], [dtype], ps=[p], seeds=seed, config=config)
+    (da,) = group_x_pass(x, [dh], [dtype], ps=[p], seeds=seed, bits=bits, config=config)
     assert da is not None
     return da
