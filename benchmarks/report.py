@@ -112,8 +112,8 @@ def mixed_verdicts(records: list[Record]) -> str:
     for case, most in MIXED.items():
         for ratio in (r.ratio_to_frozen for r in records if r.impl == "fastlora" and r.case == case):
             assert ratio is not None
-            held = "reached" if ratio <= most + 0.005 else "not reached"
-            lines.append(f"- {case}: ≤ {most:.2f} of the frozen model: {ratio:.2f}, {held}")
+            held = "reached" if ratio <= most else "not reached"
+            lines.append(f"- {case}: ≤ {most:.2f} of the frozen model: {ratio:.3f}, {held}")
     return "\n".join(lines)
 
 
@@ -125,11 +125,13 @@ def verdicts(records: list[Record]) -> str:
         of = {r: ratio for r, ratio in found.items() if belongs(r)}
         if not of:
             continue
-        held = median(of.values()) <= middle + 0.005 and (worst is None or max(of.values()) <= worst + 0.005)
-        wanted = f"median ≤ {middle:.2f}" + (f", worst ≤ {worst:.2f}" if worst else "")
-        slow = sorted((r for r in of if worst and of[r] > worst + 0.005), key=lambda r: -of[r])
-        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.2f}" for r in slow) if slow else ""
-        lines.append(f"- {name} ({wanted}): {_cell(of.values())}, {'reached' if held else 'not reached'}{beyond}")
+        typical, most = median(of.values()), max(of.values())
+        held = typical <= middle and (worst is None or most <= worst)
+        wanted = f"median ≤ {middle:.3f}" + (f", worst ≤ {worst:.3f}" if worst else "")
+        slow = sorted((r for r in of if worst and of[r] > worst), key=lambda r: -of[r])
+        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.3f}" for r in slow) if slow else ""
+        verdict = "reached" if held else "not reached"
+        lines.append(f"- {name} ({wanted}): {typical:.3f} ({most:.3f}), {verdict}{beyond}")
     return "\n".join(lines)
 
 
