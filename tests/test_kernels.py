@@ -58,7 +58,10 @@ def hold_all(actual: list[Any], op: str, args: list[tuple[Any, ...]], **kwargs: 
 @dropout
 @cases
 def test_shrink(mix: str, R: int, p: float, device: str) -> None:
-    """Of rank 1 h has 45 numbers, too few for a mean square (one draw in eight errs too much): 16 layers as one."""
+    """Of rank 1 h has 45 numbers, too few for a mean square (one draw in eight errs too much): 16 layers as one.
+
+    In steps of 32 features: the tables' 64 take 1.15 of what is allowed beside the twin (docs/gpu.md).
+    """
     layers, seed = [layer(mix, R, device) for _ in range(16 if R == 1 else 1)], a_seed(device)
     hs = [kernels.shrink(t.x, t.a, p=p, seed=seed, config=small_tile(R)) for t in layers]
     hold_all(hs, "shrink", [(t.x, t.a) for t in layers], p=p, seed=seed)

@@ -130,16 +130,68 @@ for main, adapter, other in ((half, half, half), (half, wide, half), (half, half
     for want_z in (False, True):
         kernels.glu_backward(g, x, g, "silu", want_z=want_z)
 print(straight, Nowhere.utils.binaries)
+
+from fastlora_kernels.dropout import empty_bits
+from fastlora_kernels.routing import Routes
+
+small, bits, ps = Tile(32, 64, 64, tma=True), empty_bits(3, at(0, M, K)), (0.1, 0.0, 0.2)
+seeds, x, h = torch.zeros(3, dtype=torch.int64), at(0, M, K, dtype=half), at(0, M, R)
+for adapter in (half, wide):  # masks that are drawn, and left and found
+    a, w, dy = at(0, R, K, dtype=adapter), at(0, N, K, dtype=half), at(0, M, N, dtype=half)
+    for masks in ({"seeds": seeds}, {"seeds": seeds, "bits": bits}):
+        kernels.group_x_pass(x, [h] * 3, [adapter] * 3, ps=ps, **masks)
+        for config in (small, None):
+            kernels.group_dx([dy] * 3, [w] * 3, [h] * 3, [a] * 3, ps=ps, **masks, config=config)
+        kernels.group_add_dx(x, [h] * 3, [a] * 3, half, ps=ps, **masks)
+    kernels.group_shrink(x, [a, None, a], ps=ps, seeds=seeds)
+G = 4
+start, rank, routes = (torch.zeros(size, dtype=torch.int32) for size in ((G,), (1, G), (M,)))
+slots, routes = routes, Routes.empty(M, G, "cpu")
+kernels.route(slots, routes)
+for pool in (half, wide, half):  # the pool's dtype alone tells these launches apart
+    low = kernels.multi_shrink(x, at(0, 1, 64, K, dtype=pool), start, rank, R, routes)
+    b_pool, scaling = at(0, 64, N, dtype=pool), at(0, 1, G)
+    kernels.multi_expand([at(0, M, N, dtype=half)], low, [b_pool], start, rank, scaling, rank, routes)
+    tables = start, rank[0], scaling[0], rank[0]
+    kernels.multi_linear(x, at(0, N, K, dtype=half), None, low[:, 0], b_pool, *tables, slots)
+    kernels.multi_outer(x, h, start, start, start, scaling[0], 64, routes, pool)
+print(straight, Nowhere.utils.binaries)
 """
+
+
+def ours(program: str) -> str:
+    """What it prints, in a process that interprets nothing."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    env["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "kernels"), env.get("PYTHONPATH", "")))
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_what_was_seen_is_what_triton_would_find() -> None:
     """By size and alignment, dtype and number: the same binary, grid and arguments, without asking Triton again."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    env["PYTHONPATH"] = os.pathsep.join((str(root), str(root / "kernels"), env.get("PYTHONPATH", "")))
-    done = subprocess.run([sys.executable, "-c", SEEN_AGAIN], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (straight, binaries), (most, all_binaries) = (map(int, line.split()) for line in done.stdout.splitlines())
-    assert straight == 19 and binaries >= 13
-    assert most == 19 + 4 * (5 * 4 + 3 + 2 * 3 + 1 + 2) and all_binaries >= 60
+    (first, few), (second, some), (third, many) = (map(int, line.split()) for line in ours(SEEN_AGAIN).splitlines())
+    assert first == 19 and few >= 13
+    assert second - first == 4 * (5 * 4 + 3 + 2 * 3 + 1 + 2) and some >= 60
+    assert third - second == 2 * (2 * 4 + 1) + 2 + 3 * 4 and many - some >= 18
+
+
+TRAINER_SETS = """
+import torch
+from fastlora_kernels.device import place
+
+x = torch.zeros(1)
+said = [place(x).precision]
+torch.set_float32_matmul_precision("high")
+said.append(place(x).precision)
+torch.set_float32_matmul_precision("highest")
+torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch.get_float32_matmul_precision() raises from here
+said.append(place(x).precision)
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+print(*said, place(x).precision)
+"""
+
+
+def test_either_way_of_setting_precision_is_understood() -> None:
+    assert ours(TRAINER_SETS).split() == ["highest", "high", "high", "highest"]

@@ -20,7 +20,9 @@ from fastlora_kernels.dropout import bits_for, empty_bits
 pytestmark = pytest.mark.usefixtures("poison")
 
 PS = (0.4, 0.0, 0.2)
-TILES = [Tile(16, 16, 16), Tile(32, 64, 32), Tile(64, 32, 128, num_stages=2), Tile(128, 128, 64, num_stages=2)]
+WANTS = [[True, False, False], [False, True, True], [False, False, False]]
+"""Of which members da is wanted: of some that drop, or of none."""
+TILES = [Tile(16, 16, 16), Tile(32, 64, 32), Tile(64, 32, 256, num_stages=2), Tile(128, 128, 64, num_stages=2)]
 
 
 def unpacked(bits: Tensor, K: int) -> Tensor:
@@ -94,12 +96,14 @@ def test_backward_draws_a_mask_once(
     t, seed, g = layer("bf16+fp32", 7, device), a_seed(device), group("bf16+fp32", (7, 16, 3), device)
     alone, together = grads(t, seed, how), backward(g, how)
     assert launched == ["dy", "x", "expand"] * 2
+    some = [backward(g, how, want=(True, das, True)) for das in WANTS]
     launched.clear()
     for home in ("linear", "group"):
         monkeypatch.setattr(f"fastlora_kernels.{home}.bits_for", lambda *_: None)
     assert_all_same(grads(t, seed, how), alone)
     assert_all_same(backward(g, how), together)
     assert launched == ["dy", "expand", "x"] * 2
+    assert_all_same(some, [backward(g, how, want=(True, das, True)) for das in WANTS])
     launched.clear()
     assert_same(grads(t, seed, how, want_da=False)[0], alone[0])
     assert launched == ["dy", "expand"]

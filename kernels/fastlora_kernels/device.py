@@ -41,7 +41,7 @@ def processors(x: Tensor) -> int:
 
 
 class Place(NamedTuple):
-    """All that a launch may depend on beside its operands' layouts.
+    """All that a launch may depend on beside its operands' layouts and the tables, which are read once a process.
 
     precision: torch's setting for fp32 products.   processors: of a persistent grid.
     """
@@ -53,11 +53,24 @@ class Place(NamedTuple):
 
 
 _places: dict[tuple[torch.device, str], Place] = {}
+_by_backend: list[bool] = []
+"""Whether somebody set torch.backends.….fp32_precision, as Trainer does for tf32: torch then refuses to say its older
+setting, and a refusal takes 7 µs."""
+
+
+def _precision() -> str:
+    """torch's setting for fp32 products, in the words of torch.set_float32_matmul_precision."""
+    if not _by_backend:
+        try:
+            return torch.get_float32_matmul_precision()
+        except RuntimeError:
+            _by_backend.append(True)
+    return {"tf32": "high", "bf16": "medium"}.get(torch.backends.cuda.matmul.fp32_precision, "highest")
 
 
 def place(x: Tensor) -> Place:
     """Where x lies."""
-    key = x.device, torch.get_float32_matmul_precision()
+    key = x.device, _precision()
     found = _places.get(key)
     if found is None:
         found = _places[key] = Place(*key, arch(x), processors(x))

@@ -17,7 +17,7 @@ def pieces(main: torch.dtype, factors: tuple[torch.dtype, ...], out: torch.dtype
 
     main: dtype of the big operand (x, w or dy).   factors: dtypes of the thin ones.   out: dtype of the result.
     Two for 16-bit results. For fp32 results torch's own setting decides: "highest" three, "high" two, "medium" one.
-    precision: that setting, torch.get_float32_matmul_precision().
+    precision: that setting, from `place`.
     """
     if main != torch.float32 and all(f == main for f in factors):
         return 0

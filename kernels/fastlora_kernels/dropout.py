@@ -1,4 +1,4 @@
-"""Dropout regenerated from a seed, never stored: the same bits in every kernel, whatever its tile.
+"""Dropout regenerated from a seed, never kept for backward: the same bits in every kernel, whatever its tile.
 
 `fastlora.reference.dropout_mask` defines them: Philox-4x32-10 (Salmon et al. 2011), counter (row, col//8, 0, 0).
 Within one backward the x pass may leave the masks it draws for dx, a bit an element: drawing takes 11 integer
@@ -102,7 +102,7 @@ def keep_and_leave(
 
 @triton.jit
 def kept_before(bits_ptr, bits_width, offs_m, mask_m, col_start, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The mask that `keep_and_leave` left, for any tile; nothing is kept where it left none."""
+    """The mask that `keep_and_leave` left, for any tile; nothing past the last row, and anything past column K."""
     groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
     at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
     bits = tl.load(bits_ptr + at, mask=mask_m[:, None] & (groups < bits_width)[None, :], other=0).to(tl.int32)

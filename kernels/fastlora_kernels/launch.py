@@ -3,8 +3,9 @@
 What a launch is told beside its tensors, grid, sizes, strides and constants, is a function of their layouts alone: each
 launcher plans it once for a layout, and remembers it as a `Launch`. Triton works out anew at each launch what it
 specialised on, dtypes, alignment and every number: 8 to 14 µs, more than a training step of a small model has for a
-layer. A `Launch` whose tensors all lie at multiples of 16 bytes is the same compiled kernel each time, and goes
-straight to it. (Not on AMD, where Triton looks at the size of a tensor's storage too.)
+layer. A `Launch` whose tensors have the dtypes they had before, and all lie at multiples of 16 bytes, is the same
+compiled kernel each time, and goes straight to it. (Not on AMD, where Triton looks at the size of a tensor's storage
+too.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora_kernels.device import INTERPRET
 
-REMEMBERED = 4096
-"""Plans of each launcher: every M of a server's batches is one more."""
+REMEMBERED = 1024
+"""Plans of each launcher, of about 4 KB: every M of a server's batches is one more."""
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 """Shape, strides and dtype: what of a tensor a plan may look at."""
@@ -54,11 +55,13 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 class Launch:
-    """kernel[grid](*descriptors, *tensors, *numbers, **constants, **options), all but the tensors.
+    """kernel[grid](*descriptors, *tensors, *numbers, **constants, **options), all but the tensors, on one device.
 
     numbers: ints and floats, or tuples of them.   constants: the kernel's constexprs, in its order.   options: the
-    compiler's.   It belongs to one device and to tensors of the dtypes it was planned for.
+    compiler's.
     """
+
+    __slots__ = "_known", "constants", "grid", "kernel", "numbers", "options"
 
     def __init__(
         self,
@@ -68,10 +71,9 @@ class Launch:
         options: dict[str, Any] | None = None,
         **constants: Any,
     ) -> None:
-        self.kernel, self.grid, self.options = kernel, grid, options or {}
-        self.numbers, self.constants = numbers, constants
-        self._straight: Callable[..., object] | None = None
-        self._rest = *numbers, *constants.values()
+        self.kernel, self.grid, self.numbers = kernel, grid, numbers
+        self.options, self.constants = options or {}, constants
+        self._known: tuple[list[torch.dtype], Callable[..., object]] | None = None
 
     def __call__(
         self,
@@ -81,11 +83,12 @@ class Launch:
         """On the GPU of the tensors.   descriptors: their tensors are aligned, or they could not be."""
         flat = [t for each in tensors for t in (each if isinstance(each, tuple) else (each,))]
         with on_device(flat[0]):
-            straight = aligned(flat) and not INTERPRET and not torch.version.hip
-            if straight and self._straight is not None:
-                self._straight(*descriptors, *tensors, *self._rest)
+            dtypes, lies_well = [t.dtype for t in flat], aligned(flat)
+            known = self._known
+            if known is not None and lies_well and dtypes == known[0]:
+                known[1](*descriptors, *tensors, *self.numbers, *self.constants.values())
                 return
             given = *descriptors, *tensors, *self.numbers
             compiled = self.kernel[self.grid](*given, **self.constants, **self.options)
-            if straight and compiled is not None:
-                self._straight = compiled[self.grid]
+            if lies_well and compiled is not None and not (INTERPRET or torch.version.hip):
+                self._known = dtypes, compiled[self.grid]

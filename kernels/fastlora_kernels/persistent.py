@@ -162,7 +162,7 @@ def persistent(
 
     xs: [M, K] each, ws: [N, K] or a transposed [K, N] each, y: [M, N], of one 16-bit dtype.   t: the tile, whose
     `specialize` gives loads and products warps of their own, and whose `flatten` lets loads run on from a tile into the
-    next.   The launch takes bias, the hs, the bs, lora_bias and the seeds.
+    next.   The launch takes bias, the hs, the bs, lora_bias and the masks' seeds or bits.
     """
     (M, N), _, dtype = y
     by_n = tuple(map(_by_rows, ws))

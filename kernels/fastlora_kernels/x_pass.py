@@ -111,7 +111,8 @@ def group_x_pass(
 
     x: [M, K] bf16/fp16/fp32, any strides.   dhs: [M, R] fp32 each, any strides; None where da_i is not wanted.
     dtypes: of the results, each a's.   ps, seeds: as in `group_shrink`.   bits: from `empty_bits`, as many as seeds,
-    where the mask of a member whose da_i is wanted is left for dx.   Returns da_i: [R, K] each, or None.
+    where the mask of a member whose da_i is wanted is left for dx; not without seeds.
+    Returns da_i: [R, K] each, or None.
     """
     K, factors = x.shape[1], tuple([dh for dh in dhs if dh is not None])
     launch, n_bands = _plan(
