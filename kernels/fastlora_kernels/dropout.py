@@ -105,8 +105,8 @@ def kept_before(bits_ptr, bits_width, offs_m, mask_m, col_start, BLOCK_M: tl.con
     """The mask that `keep_and_leave` left, for any tile; nothing past the last row, and anything past column K."""
     groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
     at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
-    bits = tl.load(bits_ptr + at, mask=mask_m[:, None] & (groups < bits_width)[None, :], other=0).to(tl.int32)
-    return tl.reshape((bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1, [BLOCK_M, BLOCK_N]) != 0
+    bits = tl.load(bits_ptr + at, mask=mask_m[:, None] & (groups < bits_width)[None, :], other=0)
+    return tl.reshape(bits[:, :, None] & (1 << tl.arange(0, 8)).to(tl.uint8)[None, None, :], [BLOCK_M, BLOCK_N]) != 0
 
 
 @triton.jit
