@@ -127,11 +127,11 @@ def verdicts(records: list[Record]) -> str:
             continue
         typical, most = median(of.values()), max(of.values())
         held = typical <= middle and (worst is None or most <= worst)
-        wanted = f"median ≤ {middle:.3f}" + (f", worst ≤ {worst:.3f}" if worst else "")
+        wanted = f"median ≤ {middle:.4f}" + (f", worst ≤ {worst:.2f}" if worst else "")
         slow = sorted((r for r in of if worst and of[r] > worst), key=lambda r: -of[r])
-        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.3f}" for r in slow) if slow else ""
+        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.4f}" for r in slow) if slow else ""
         verdict = "reached" if held else "not reached"
-        lines.append(f"- {name} ({wanted}): {typical:.3f} ({most:.3f}), {verdict}{beyond}")
+        lines.append(f"- {name} ({wanted}): {typical:.4f} ({most:.4f}), {verdict}{beyond}")
     return "\n".join(lines)
 
 
