@@ -97,7 +97,11 @@ def lora_backward(
     if want_da and x is not None:
         thin = thin_dtype(x, a)
         da = torch.addmm(a.to(thin), unscaled.to(thin).t(), drop(x, gone, thin), beta=0, alpha=scale).to(a.dtype)
-    if want_dx:
+    if want_dx and gone is not None and w is not None and M >= few.GEMM_ROWS and dy.dtype == a.dtype == wide_dtype(dy):
+        dx = torch.mm(unscaled * scale, a)  # first, and the base's product on it: nothing is saved and put back
+        dx.view(-1).index_fill_(0, gone, 0)
+        dx.addmm_(dy, w)
+    elif want_dx:
         dx = pull_back((dy, w)) if w is not None else dy.new_zeros((M, K))
         flat = dx.view(-1)
         base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
