@@ -59,7 +59,7 @@ def add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
     if y.dtype == torch.bfloat16 and y.numel() >= MANY_OUTPUTS and g.shape[0] <= 32 and native(y):
         return y.addmm_(*split(f * scale, g))
     wide = wide_dtype(y)
-    return y.copy_(y.to(wide).addmm_(f.to(wide), g.to(wide), alpha=scale))  # one new buffer, not two
+    return y.copy_(torch.addmm(y.to(wide), f.to(wide), g.to(wide), alpha=scale))
 
 
 def with_bias(h: Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[Tensor, Tensor]:
