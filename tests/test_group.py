@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import Iterator, partial
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
