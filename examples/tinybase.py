@@ -14,7 +14,14 @@ from pathlib import Path
 from dialogues import Example
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from training import pair, row, train
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    set_seed,
+)
 
 Parts = list[tuple[str, bool]]
 
@@ -114,6 +121,7 @@ def pretrain(
     texts = [text for example in examples for text in (example.prompt, f" {example.summary}")]
     texts += [text for parts in readings for text, _ in parts]
     tokenizer = build_tokenizer(texts, size.vocab)
+    set_seed(seed)  # the weights it starts from are the seed's too
     model = build_t5(tokenizer, size) if seq2seq else build_model(tokenizer, size, limit)
     losses = train(
         model,
