@@ -63,6 +63,15 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def base() -> torch.nn.Module:
+    """A small Llama, a module's own, for tenants of a bank."""
+    from models import base_model
+
+    torch.manual_seed(0)
+    return base_model()
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel test puts its tensors: interpreted on the CPU, and the same test compiled on the GPU."""

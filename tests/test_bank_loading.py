@@ -11,19 +11,12 @@ import torch
 from banked import bank_of, output, saved, state_of, take, tenant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import base_model
 from peft import PeftModel
 from safetensors.torch import save
 from tolerance import assert_same
 from torch import nn
 
 from fastlora import AdapterBank
-
-
-@pytest.fixture(scope="module")
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return base_model()
 
 
 @pytest.fixture(scope="module")

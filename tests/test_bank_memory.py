@@ -10,7 +10,7 @@ import torch
 from banked import bank_of, output, prompter, state_of, take, tenant
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import base_model, batch, logits
+from models import batch, logits
 from peft import PeftModel
 from tolerance import assert_same
 from torch import nn
@@ -18,12 +18,6 @@ from torch import nn
 from fastlora import AdapterBank
 from fastlora.runs import Runs
 from fastlora.storage import NoRoom
-
-
-@pytest.fixture(scope="module")
-def base() -> nn.Module:
-    torch.manual_seed(0)
-    return base_model()
 
 
 @pytest.fixture(scope="module")
