@@ -73,7 +73,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> None:
     def chunks(long: int, programs: int, block: int, least: int) -> tuple[int, int]:
         return 3, -(-long // (3 * block)) * block
 
-    def bands(M: int, width: int, R: int, block: int) -> tuple[int, int]:
+    def bands(M: int, R: int, block: int, most: int) -> tuple[int, int]:
         rows = max(64, block)
         return -(-M // rows), rows
 

@@ -92,7 +92,7 @@ def _expand_kernel(
     acc = low_rank_tile(
         h_ptrs, b_ptrs, lora_bias_ptr, masks_ptr, M, N, Rs, bits_width, strides_hm, strides_hr, strides_bn, strides_br,
         stride_lora_bias, pid_m, pid_n, scales, thresholds,
-        HAS_LORA_BIAS, DROPS, BITS, False, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+        HAS_LORA_BIAS, DROPS, BITS, False, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
     if BASE == 0:
         for i in tl.static_range(len(x_ptrs)):

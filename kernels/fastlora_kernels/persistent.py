@@ -76,7 +76,7 @@ def _persistent_kernel(
         acc = low_rank_tile(
             h_ptrs, b_ptrs, lora_bias_ptr, masks_ptr, M, N, Rs, bits_width, strides_hm, strides_hr, strides_bn,
             strides_br, stride_lora_bias, pid_m, pid_n, scales, thresholds,
-            HAS_LORA_BIAS, DROPS, BITS, BLOCK_N > 128, FLATTEN, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
+            HAS_LORA_BIAS, DROPS, BITS, FLATTEN, PIECES, INTERPRET, BLOCK_M, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         row, col = pid_m * BLOCK_M, pid_n * BLOCK_N
         for i in tl.static_range(len(Ks)):

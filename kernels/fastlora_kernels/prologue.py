@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora_kernels.dot import dot
-from fastlora_kernels.dropout import keep, keep_by_halves, kept_before
+from fastlora_kernels.dropout import keep_in_turn, kept_before
 from fastlora_kernels.launch import Layout, layout, layouts
 from fastlora_kernels.tables import Tile
 
@@ -145,29 +145,6 @@ def _add_product(
 
 
 @triton.jit
-def _masked(
-    term,
-    seed,
-    offs_m,
-    col_start,
-    threshold,
-    BY_HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """mask ⊙ term.
-
-    BY_HALVES: at 128×256 on sm_90 the persistent kernel spills 8 bytes without it, the plain one 64 with it (Triton
-    3.6.0, fp32 adapters).
-    """
-    if BY_HALVES:
-        kept = keep_by_halves(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
-    else:
-        kept = keep(seed, offs_m, col_start, threshold, BLOCK_M, BLOCK_N)
-    return tl.where(kept, term, 0.0)
-
-
-@triton.jit
 def low_rank_tile(
     h_ptrs,
     b_ptrs,
@@ -189,7 +166,6 @@ def low_rank_tile(
     HAS_LORA_BIAS: tl.constexpr,
     DROPS: tl.constexpr,
     BITS: tl.constexpr,
-    BY_HALVES: tl.constexpr,
     ONE_STEP: tl.constexpr,
     PIECES: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -225,9 +201,9 @@ def low_rank_tile(
             if BITS:
                 bits_ptr = masks_ptr + tl.cast(M, tl.int64) * bits_width * DROPS[i]
                 kept = kept_before(bits_ptr, bits_width, offs_m, mask_m, pid_n * BLOCK_N, BLOCK_M, BLOCK_N)
-                term = tl.where(kept, term, 0.0)
             else:
                 seed = tl.load(masks_ptr + DROPS[i])
-                term = _masked(term, seed, offs_m, pid_n * BLOCK_N, thresholds[i], BY_HALVES, BLOCK_M, BLOCK_N)
+                kept = keep_in_turn(seed, offs_m, pid_n * BLOCK_N, thresholds[i], BLOCK_M, BLOCK_N)
+            term = tl.where(kept, term, 0.0)
         acc = acc + term if DROPS[i] >= 0 and i > 0 else term
     return acc

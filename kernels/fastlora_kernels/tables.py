@@ -35,7 +35,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     BLOCK_R: int = 32
-    GROUP_M: int = 8
+    GROUP_M: int = 16
     tma: bool = False
     specialize: bool = False
     flatten: bool = False

@@ -85,7 +85,7 @@ def _plan(
     drops = masked(ps, seeded)
     t = config or tile("x" if len(factors) == 1 else "group_x", at.arch, dtype, M, K, max(Rs))
     ranks = tuple(block_r(R, len(Rs)) for R in Rs)
-    n_bands, band_rows = bands(M, K, max(Rs), t.BLOCK_M)
+    n_bands, band_rows = bands(M, max(Rs), t.BLOCK_M, min(2048, max(1, 2**24 // K)))
     launch = Launch(
         _x_kernel, (cdiv(K, t.BLOCK_K), max(map(cdiv, Rs, ranks)), n_bands),
         (M, K, Rs, bits_width, band_rows, *stride_x, *strides(factors),
