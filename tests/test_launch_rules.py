@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -59,40 +56,6 @@ def test_partials_of_the_dy_pass_stay_under_a_tenth_of_the_dys(
     n_parts = dh_parts(M, Ns, Rs, n_bands * (rows // block_m) * -(-R // block_r(R)) * members, block_k)
     partials = 4 * R * ((M * n_parts * members if n_parts > 1 else 0) + (sum(Ns) * n_bands if n_bands > 1 else 0))
     assert partials <= 0.1 * 2 * M * sum(Ns)
-
-
-def misses(M: int, N: int, n_bands: int, rows: int, parts: int, resident: int = 396, cache: int = 40 * 2**20) -> float:
-    """DRAM's bytes over dy's, 16-bit: programs side by side, a tile of 64 × 64 a turn, before a cache that forgets what
-    was used longest ago. Three programs of 8 warps on each of an H200's 132 processors, and 40 of its 50 MiB."""
-    tiles: OrderedDict[tuple[int, int], None] = OrderedDict()
-    step = -(-N // parts // 64)
-    todo: list[Iterator[tuple[int, int]]] = []
-    for band in range(n_bands):
-        down = range(band * rows // 64, min(M, (band + 1) * rows) // 64)
-        columns = [range(part * step, min(N // 64, (part + 1) * step)) for part in range(parts)]
-        todo += [iter(list(product([m], part))) for m in down for part in columns]
-        todo += [iter(list(product(down, [n, n + 1]))) for n in range(0, N // 64, 2)]
-    running, missed = todo[:resident], 0
-    waiting = iter(todo[resident:])
-    while running:
-        for program in list(running):
-            if (tile := next(program, None)) is None:
-                running.remove(program)
-                running += [other for other in [next(waiting, None)] if other is not None]
-                continue
-            missed += tile not in tiles
-            tiles[tile] = None
-            tiles.move_to_end(tile)
-            if len(tiles) * 64 * 64 * 2 > cache:
-                tiles.popitem(last=False)
-    return missed * 64 * 64 / (M * N)
-
-
-@pytest.mark.parametrize("N", [1024, 4096, 14336])
-def test_the_second_reading_of_dy_is_found_in_l2(N: int) -> None:
-    n_bands, rows = dy_bands(8192, N, 16, 64)
-    assert misses(8192, N, n_bands, rows, dh_parts(8192, [N], [16], n_bands * rows // 64, 64)) <= 1.1
-    assert misses(8192, 4096, 4, 2048, 2) > 1.39  # what an H200 measured
 
 
 @given(ranks, st.integers(1, 3))

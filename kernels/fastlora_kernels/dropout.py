@@ -1,8 +1,8 @@
 """Dropout regenerated from a seed, never kept for backward: the same bits in every kernel, whatever its tile.
 
 `fastlora.reference.dropout_mask` defines them: Philox-4x32-10 (Salmon et al. 2011), counter (row, col//8, 0, 0).
-Within one backward the x pass may leave the masks it draws for dx, a bit an element: drawing takes 11 integer
-instructions an element, reading a bit 3.
+Within one backward the x pass may leave the masks it draws for dx, a bit an element: drawing takes 8 to 9 instructions
+an element on sm_90, leaving a bit 3 and reading it 3.
 """
 
 from __future__ import annotations
