@@ -133,9 +133,11 @@ def test_add_dx(mix: str, R: int, p: float, device: str) -> None:
     hold(place, "dx", t.x, torch.eye(70, dtype=t.x.dtype, device=device), t.dh, t.a, p=p, seed=seed)
 
 
-@pytest.mark.parametrize("config", [Tile(16, 64, 32), Tile(64, 16, 128, BLOCK_R=16), Tile(128, 32, 16, BLOCK_R=64)])
+@pytest.mark.parametrize(
+    "config", [Tile(16, 64, 32, GROUP_M=4), Tile(64, 16, 128, BLOCK_R=16), Tile(128, 32, 16, BLOCK_R=64)]
+)
 def test_any_tile(config: Tile, device: str) -> None:
-    """M makes ten blocks of 16 rows: more than one group of eight that share their columns."""
+    """M makes ten blocks of 16 rows: two groups of four that share their columns, and one of two."""
     t = layer("bf16+fp32", 20, device, M=147)
     peft, wanted = twins(plain, t), exact(t)
     for name, value in launch(t, config).items():

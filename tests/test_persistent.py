@@ -105,9 +105,9 @@ def test_a_program_walks_over_several_tiles(programs: int, monkeypatch: pytest.M
 
 
 def test_more_rows_than_one_group(device: str) -> None:
-    """Ten blocks of 16 rows: blocks of eight share their columns of w, and the last group has two."""
+    """Ten blocks of 16 rows: blocks of four share their columns of w, and the last group has two."""
     t = layer("fp16", 7, device, 147, 40, 56)
-    y = kernels.expand(t.x, t.w, None, t.h, t.b, SCALE, config=Tile(16, 32, 64, tma=True))
+    y = kernels.expand(t.x, t.w, None, t.h, t.b, SCALE, config=Tile(16, 32, 64, GROUP_M=4, tma=True))
     hold(y, "expand", t.x, t.w, None, t.h, t.b, SCALE)
 
 

@@ -47,6 +47,8 @@ def forward(
     if x.dim() == 2:
         return y, add_update_(y, x, a, b, lora_bias, seed, scale, p)
     rows = x.reshape(-1, x.shape[-1])
+    if y._is_view():  # with a bias; autograd forbids to change it in place, as relu_ does
+        y = torch.ops.aten._unsafe_view.default(y, y.shape)
     return y, add_update_(y.view(-1, y.shape[-1]), rows, a, b, lora_bias, seed, scale, p)
 
 

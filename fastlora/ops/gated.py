@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora import eager
 from fastlora.ops.group import absent, present
-from fastlora.ops.library import kernels, lib, plain, rows_of
+from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_gated(Tensor x, Tensor[] ws, Tensor[] biases, Tensor[] as_, Tensor[] bs, Tensor[] lora_biases, "
@@ -52,7 +52,7 @@ def lora_gated(
             y, *kept = eager.lora_gated(*inputs, activation)
         else:
             y, *kept = kernels.gated_linear(*inputs, activation, backend)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])), *kept  # type: ignore[return-value]
+    return shaped(y, *x.shape[:-1]), *kept  # type: ignore[return-value]
 
 
 @torch.library.register_fake("fastlora::lora_gated", lib=lib)

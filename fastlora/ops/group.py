@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of
+from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
 
 GROUP = 3
 """Members that one launch takes."""
@@ -61,9 +61,7 @@ def lora_group(
             ys, h = eager.lora_group(rows_of(x), *lists, seeds, scales, ps)
         else:
             ys, h = kernels.group_linear(rows_of(x), *lists, seeds, scales, ps, backend)
-    if x.dim() != 2:  # autograd forbids to change one of several views in place, as relu_ does
-        ys = [torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) for y in ys]
-    return ys, h
+    return [shaped(y, *x.shape[:-1]) for y in ys], h
 
 
 @torch.library.register_fake("fastlora::lora_group", lib=lib)

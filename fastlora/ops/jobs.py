@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of
+from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
 
 _JOBS = (
     "Tensor[] as_, Tensor[] bs, Tensor[] lora_biases, Tensor? seeds, int[] jobs, float[] scales, float[] ps, "
@@ -57,7 +57,7 @@ def jobs_linear(
     factors = as_, bs, _present(lora_biases), seeds, jobs, scales, ps
     with plain(x):
         y, h = (eager if backend == "torch" else kernels).jobs_linear(rows, w, bias, *factors)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), h
+    return shaped(y, *x.shape[:-1]), h
 
 
 @torch.library.register_fake("fastlora::jobs_linear", lib=lib)
@@ -94,7 +94,7 @@ def jobs_update(
     factors = as_, bs, _present(lora_biases), seeds, jobs, scales, ps
     with plain(x):
         out, h = (eager if backend == "torch" else kernels).jobs_update(rows_of(y), rows_of(x), *factors)
-    return out.view(y.shape), h
+    return shaped(out, *y.shape[:-1]), h
 
 
 @torch.library.register_fake("fastlora::jobs_update", lib=lib)

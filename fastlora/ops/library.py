@@ -39,6 +39,14 @@ def rows_of(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
+_as_new = torch.ops.aten._unsafe_view.default
+
+
+def shaped(y: Tensor, *batch: int) -> Tensor:
+    """[M, N] → [*batch, N], and no view: autograd forbids to change a view that an op returns, as relu_ does."""
+    return y if len(batch) == 1 else _as_new(y, (*batch, y.shape[-1]))
+
+
 _AS_IT_IS = contextlib.nullcontext()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of
+from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor? lora_bias, Tensor? seed, "
@@ -48,7 +48,7 @@ def lora_linear(
             y, h = eager.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p)
         else:
             y, h = kernels.lora_linear(rows, w, bias, a, b, lora_bias, seed, scale, p, backend)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])), h
+    return shaped(y, *x.shape[:-1]), h
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=lib)
@@ -87,7 +87,7 @@ def lora_update(
             out, h = eager.lora_update(base, rows, a, b, lora_bias, seed, scale, p, dtype)
         else:
             out, h = kernels.lora_update(base, rows, a, b, lora_bias, seed, scale, p, dtype)
-    return out.view(y.shape), h
+    return shaped(out, *y.shape[:-1]), h
 
 
 @torch.library.register_fake("fastlora::lora_update", lib=lib)

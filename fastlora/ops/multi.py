@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlora.ops.library import kernels, lib, plain, rows_of
+from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "multi_update_(Tensor(a!)[] ys, Tensor x, Tensor a_pool, Tensor[] b_pools, Tensor start, Tensor rank, "
@@ -122,7 +122,7 @@ def multi_linear(
             kernels.multi_linear(rows, w, bias, part, b_pool, start, ranks, scale, extra, slots)
             for w, bias, b_pool, ranks, scale, extra, part in layers
         ]
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+    return [shaped(y, *x.shape[:-1]) for y in ys]
 
 
 @torch.library.register_fake("fastlora::multi_linear", lib=lib)
