@@ -81,6 +81,70 @@ def test_a_slower_machine_is_no_regression(tmp_path: Path, capsys: pytest.Captur
     assert "two machines: A Machine and Another" in capsys.readouterr().out
 
 
+def test_what_the_gate_refuses_is_lost_and_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = [r for r in run_of() if (r.impl, r.M) != ("fastlora", 16)]
+    old = written(tmp_path / "old", run_of())
+    new = written(tmp_path / "new", kept, refused=["q M16 r8 fastlora: da: error 1.0e-05, allowed 9.0e-07"])
+    assert cli.main(["compare", str(old), str(new)]) == 1
+    said = capsys.readouterr().out
+    assert "lost: linear: q M16 r8 forward fastlora: refused, da: error 1.0e-05, allowed 9.0e-07" in said
+    assert "lost: linear: q M16 r16 forward fastlora: not in NEW, where others ran it" in said
+    assert "0 slower and 2 lost (fastlora)" in said
+    assert cli.main(["compare", str(old), str(new), "--impl", "peft"]) == 0
+    assert cli.main(["compare", str(new), str(old)]) == 0, "what is new is no loss"
+
+
+def test_all_of_an_implementation_lost_is_a_regression(tmp_path: Path) -> None:
+    others = [r for r in run_of() if r.impl != "fastlora"]
+    folders = written(tmp_path / "old", run_of()), written(tmp_path / "new", others)
+    assert cli.main(["compare", *map(str, folders)]) == 1
+
+
+def test_a_case_that_raised_is_lost_and_one_that_was_not_come_to_is_not(tmp_path: Path) -> None:
+    early = [r for r in run_of() if r.M < 256]
+    old, short = written(tmp_path / "old", run_of()), written(tmp_path / "short", early)
+    assert cli.main(["compare", str(old), str(short)]) == 0
+    raised = written(tmp_path / "raised", early, refused=["q M256 r8: OutOfMemoryError: no room"])
+    assert cli.main(["compare", str(old), str(raised)]) == 1
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"records": {"a": 1}}, "got records of type dict, wanted a list"),
+    ({"records": [7]}, "record 0 has the wrong fields: 7"),
+    ({"median_ms": 0}, "record 0 has median_ms 0, wanted a positive number"),
+    ({"median_ms": "fast"}, "record 0 has median_ms 'fast', wanted a positive number"),
+    ({"p20_ms": float("nan")}, "record 0 has p20_ms nan, wanted a positive number"),
+    ({"M": True}, "record 0 has M True, wanted a whole number"),
+    ({"case": None}, "record 0 has case None, wanted text"),
+    ({"ratio_to_frozen": "1"}, "record 0 has ratio_to_frozen '1', wanted a number or null"),
+    ({"device": None}, "the stamp's device is None, wanted str"),
+    ({"versions": ...}, "the stamp has no versions, wanted suite, device"),
+    ({"suite": "quick"}, "the stamp's suite is 'quick', wanted one of linear"),
+    ({"ceilings": {}}, "the stamp's ceilings are {}, wanted copy_gb_s"),
+    ({"refused": "one"}, "the stamp's refused is 'one', wanted a list of lines"),
+], ids=str)  # fmt: skip
+def test_a_malformed_file_is_one_line_to_compare_and_report(
+    change: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = (written(tmp_path / name / "a-machine", run_of()) for name in ("good", "bad"))
+    held = json.loads((bad / "linear.json").read_text())
+    for name, value in change.items():
+        first = held["records"][0]
+        place = held if name == "records" else first if name in NAMES and name != "suite" else held["stamp"]
+        if value is ...:
+            del place[name]
+        else:
+            place[name] = value
+    (bad / "linear.json").write_text(json.dumps(held))
+    page = tmp_path / "page.md"
+    report_of = ["report", "--results", str(tmp_path / "bad"), "--out", str(page)]
+    for words in (["compare", str(good), str(bad)], ["compare", str(bad), str(good)], report_of):
+        assert cli.main(words) == 2, words
+        captured = capsys.readouterr()
+        assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+    assert not page.exists()
+
+
 @pytest.mark.parametrize("words, said", [
     (["compare", "nowhere.json", "nowhere.json"], "nowhere.json: No such file"),
     (["compare", "{run}", "{empty}"], "a folder without results"),
