@@ -67,20 +67,20 @@ class Results:
     records: list[Record]
 
 
-def _number(value: Any) -> bool:
+def number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _positive(value: Any) -> bool:
-    return _number(value) and value > 0
+def positive(value: Any) -> bool:
+    return number(value) and value > 0
 
 
 POSITIVE = ("median_ms", "p20_ms", "p80_ms")
 WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("text", lambda value: isinstance(value, str)),
     "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", _number),
-    "float | None": ("a number or null", lambda value: value is None or _number(value)),
+    "float": ("a number", number),
+    "float | None": ("a number or null", lambda value: value is None or number(value)),
 }
 """By a field's type: what it takes, in words and as a test."""
 
@@ -133,7 +133,7 @@ def _check_stamp(path: Path, stamp: dict[str, Any]) -> None:
     if stamp["suite"] not in SUITES:
         raise BadInput(f"{path}: the stamp's suite is {stamp['suite']!r}, wanted one of {', '.join(SUITES)}")
     copy, rates = stamp["ceilings"].get("copy_gb_s"), stamp["ceilings"].get("matmul_tflop_s")
-    if not (_positive(copy) and isinstance(rates, dict) and all(map(_positive, rates.values()))):
+    if not (positive(copy) and isinstance(rates, dict) and all(map(positive, rates.values()))):
         raise BadInput(f"{path}: the stamp's ceilings are {stamp['ceilings']}, wanted copy_gb_s and matmul_tflop_s > 0")
     refused = stamp.get("refused", [])
     if not isinstance(refused, list) or not all(isinstance(line, str) for line in refused):
@@ -146,7 +146,7 @@ def _record(path: Path, number: int, line: Any) -> Record:
         raise BadInput(f"{path}: record {number} has the wrong fields: {wrong}")
     for field in fields(Record):
         name = field.name.rstrip("_")
-        says, fits = WANTED[str(field.type)] if name not in POSITIVE else ("a positive number", _positive)
+        says, fits = WANTED[str(field.type)] if name not in POSITIVE else ("a positive number", positive)
         if not fits(line[name]):
             raise BadInput(f"{path}: record {number} has {name} {line[name]!r}, wanted {says}")
     return Record(**{field.name: line[field.name.rstrip("_")] for field in fields(Record)})

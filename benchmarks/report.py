@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.outcome import dram_bytes, read_parts
 from benchmarks.records import SUITES, BadInput, Record, Results, read
 
 ROOT = Path(__file__).parents[1]
@@ -160,18 +160,15 @@ def section(run: Results, pictures: list[str]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def gpu_section(path: Path) -> str:
+def gpu_section(parts: dict[str, Any]) -> str:
     """What `make gpu` left in run.json: its parts, and DRAM bytes beside the ideal ones."""
-    parts = json.loads(path.read_text())
     rows = [[name, found["state"], f"{found['seconds']:g}"] for name, found in parts.items()]
     text = "### make gpu\n\n" + _table(["part", "state", "s"], rows)
-    measured = parts.get("profile", {}).get("measured")
-    if measured:
-        ideal = parts["profile"]["ideal_bytes"]
-        lines = []
-        for launch, name in zip([m for m in measured if "reduce" not in m["kernel"]], ideal, strict=False):
-            moved = launch["dram__bytes_read.sum"] + launch["dram__bytes_write.sum"]
-            lines.append([name, f"{moved / 2**20:.1f}", f"{ideal[name] / 2**20:.1f}", f"{moved / ideal[name]:.2f}"])
+    lines = [
+        [name, f"{moved / 2**20:.1f}", f"{ideal / 2**20:.1f}", f"{moved / ideal:.2f}"]
+        for name, (moved, ideal) in dram_bytes(parts).items()
+    ]
+    if lines:
         text += "\n\n" + _table(["kernel", "DRAM, MiB", "ideal, MiB", "ratio"], lines)
     return text
 
@@ -184,13 +181,14 @@ def report(results: Path, out: Path) -> int:
     read_first = {
         device: [read(device / f"{s}.json") for s in SUITES if (device / f"{s}.json").exists()] for device in devices
     }
+    outcomes = {device: read_parts(device / "run.json") for device in devices if (device / "run.json").exists()}
     parts = [HEAD.strip()]
     for device, runs in read_first.items():
         parts.append(f"## {runs[0].stamp['device']}")
         for run in runs:
             parts.append(section(run, _pictures(run, out.parent / "benchmarks" / device.name, out.parent)))
-        if (device / "run.json").exists():
-            parts.append(gpu_section(device / "run.json"))
+        if device in outcomes:
+            parts.append(gpu_section(outcomes[device]))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
     print(out)

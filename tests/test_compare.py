@@ -176,9 +176,13 @@ def test_bad_input_is_one_line_and_no_file(
 
 def test_report_says_what_the_records_say(tmp_path: Path) -> None:
     device = written(tmp_path / "results" / "a-machine", run_of())
-    outcome = {"state": "ok", "seconds": 1.5, "ideal_bytes": {"expand": 2**20}}
-    launch = {"kernel": "_expand_kernel", "dram__bytes_read.sum": 2**20, "dram__bytes_write.sum": 2**19}
-    (device / "run.json").write_text(json.dumps({"profile": {**outcome, "measured": [launch]}}))
+    outcome = {"state": "ok", "seconds": 1.5, "ideal_bytes": {"expand": 2**20, "dx": 2**20, "dy": 2**20}}
+    names = ("_shrink_kernel", "_persistent_kernel", "_reduce_kernel", "distribution_kernel", "_dy_kernel")
+    launches = [
+        {"kernel": name, "dram__bytes_read.sum": size * 2**20, "dram__bytes_write.sum": 2**19}
+        for size, name in enumerate(names)
+    ]
+    (device / "run.json").write_text(json.dumps({"profile": {**outcome, "measured": launches}}))
     page = tmp_path / "docs" / "page.md"
     assert cli.main(["report", "--results", str(tmp_path / "results"), "--out", str(page)]) == 0
     text = page.read_text()
@@ -186,7 +190,8 @@ def test_report_says_what_the_records_say(tmp_path: Path) -> None:
     assert "| forward | fp32 | 0 | 0.80 (0.80) |" in text
     assert "never slower than PEFT (median ≤ 1.0000, worst ≤ 1.05): 0.8000 (0.8000), reached" in text
     assert "with dropout" not in text, "a target without records is not claimed"
-    assert "| expand | 1.5 | 1.0 | 1.50 |" in text and "commit `abc1234`" in text
+    assert "| expand | 1.5 | 1.0 | 1.50 |\n| dy | 4.5 | 1.0 | 4.50 |" in text, "each launch by its kernel's name"
+    assert "commit `abc1234`" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (page.parent / picture).stat().st_size > 5_000
 
