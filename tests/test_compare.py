@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import records, report
+from benchmarks import records
 from benchmarks.plots import draw
 from benchmarks.records import NAMES, Record, Results
 
@@ -189,28 +189,12 @@ def test_report_says_what_the_records_say(tmp_path: Path) -> None:
     assert "| forward | fp32 | 0 | 6 | 1.50 (1.50) | 1.20 (1.20) |" in text, text
     assert "| forward | fp32 | 0 | 0.80 (0.80) |" in text
     assert "never slower than PEFT (median ≤ 1.0000, worst ≤ 1.05): 0.8000 (0.8000), reached" in text
+    assert "### targets" not in text, "a CPU has no GPU's targets"
     assert "with dropout" not in text, "a target without records is not claimed"
     assert "| expand | 1.5 | 1.0 | 1.50 |\n| dy | 4.5 | 1.0 | 4.50 |" in text, "each launch by its kernel's name"
     assert "commit `abc1234`" in text
     for picture in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (page.parent / picture).stat().st_size > 5_000
-
-
-def test_report_says_where_a_target_is_missed() -> None:
-    found = run_of()
-    at = next(i for i, r in enumerate(found) if (r.impl, r.M, r.R) == ("fastlora", 16, 8))
-    before = found[at]
-    found[at] = replace(before, median_ms=before.median_ms * 2, ratio_to_frozen=before.ratio_to_frozen * 2)
-    assert "0.8000 (1.6000), not reached; beyond: q M16 r8 forward 1.6000" in report.verdicts(found)
-
-
-def test_a_target_missed_by_little_is_missed() -> None:
-    def as_slow(record: Record, by: float) -> Record:
-        return replace(record, ratio_to_frozen=by) if record.impl in ("fastlora", "peft") else record
-
-    even = [as_slow(r, 1.004 if r.impl == "fastlora" else 1.0) for r in run_of()]
-    assert "1.0040 (1.0040), not reached" in report.verdicts(even)
-    assert "1.0000 (1.0000), reached" in report.verdicts([as_slow(r, 1.0) for r in even])
 
 
 def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
