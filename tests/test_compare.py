@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import records
-from benchmarks.plots import draw
+from benchmarks.plots import ADAPTERS, RANK, ROWS, Axis, draw, series
 from benchmarks.records import NAMES, Record, Results
 
 STAMP = {
@@ -201,3 +201,49 @@ def test_plots_are_drawn_for_what_there_is(tmp_path: Path) -> None:
     names = [path.name for path in draw(Results(STAMP, run_of()), tmp_path)]
     assert names == ["linear-rows.png", "linear-rank.png", "linear-memory.png", "linear-roof.png"]
     assert draw(Results(STAMP, [BASE]), tmp_path / "one") == []
+
+
+def test_a_picture_no_longer_drawn_goes(tmp_path: Path) -> None:
+    for name in ("linear-adapters.png", "block-rows.png"):
+        (tmp_path / name).write_bytes(b"old")
+    draw(Results(STAMP, run_of()), tmp_path)
+    assert not (tmp_path / "linear-adapters.png").exists() and (tmp_path / "block-rows.png").exists()
+
+
+def points(axis: Axis, *cases: str, **values: object) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The series of one implementation on these cases; the case's number is its y."""
+    found = []
+    for number, case in enumerate(cases):
+        sizes = {"M": r"\bM(\d+)", "R": r"r(?:\d+/)*(\d+)", "G": r"(?:uniform|distinct|zipf) (\d+)"}
+        read = {name: int(at[1]) for name, words in sizes.items() if (at := re.search(words, case))}
+        found.append(replace(BASE, **{"case": case, "impl": "fastlora", "median_ms": float(number), **read, **values}))
+    return series(found, axis, lambda r: r.median_ms)
+
+
+def test_a_line_joins_points_that_differ_in_the_axis_alone() -> None:
+    """Not other distributions of adapters, layers adapted, rows without adapter, mixed ranks, models, or eval."""
+    llama = "llama 4x512 batch 32x1"
+    by_rank = points(
+        RANK, f"{llama} distinct 32 r4 all", f"{llama} distinct 32 r16 all", f"{llama} uniform 8 r16 all",
+        f"{llama} distinct 32 r16 qv", f"{llama} distinct 32 r8/16/32/64 all", suite="multi",
+    )  # fmt: skip
+    assert by_rank == {f"forward: {llama} distinct 32 all": {"fastlora": [(4, 0.0), (16, 1.0)]}}
+    by_adapters = points(
+        ADAPTERS, f"{llama} uniform 2 r16 all", f"{llama} uniform 8 r16 all", f"{llama} distinct 32 r16 all",
+        f"{llama} zipf 64 r16 all", f"{llama} uniform 128 r16 all 1 in 2 base", suite="multi",
+    )  # fmt: skip
+    assert by_adapters == {f"forward: {llama} uniform r16 all": {"fastlora": [(2, 0.0), (8, 1.0)]}}
+    assert points(ROWS, "qwen.mlp M256 r16 bf16 p0", "qwen.qkv M512 r16 bf16 p0", suite="block") == {}
+    assert points(ROWS, "eval M1 fp32 p0", "training M4 fp32 p0", suite="overhead") == {}
+    models = [replace(BASE, suite="step", case=f"llama 4x{n} batch 4x{n // 4} r16 p0", M=n) for n in (256, 512)]
+    assert series(models, ROWS, lambda r: r.median_ms) == {}
+
+
+def test_the_median_over_layers_is_of_the_same_layers_at_each_point() -> None:
+    names = ["q M1 r16", "k M1 r16", "q M8 r16", "k M8 r16", "down M8 r16"]
+    assert points(ROWS, *names) == {"forward: r16\nmedian of q, k": {"fastlora": [(1, 0.5), (8, 2.5)]}}
+    assert points(ROWS, "q M1 r16", "q M8 r16", "k M8 r16") == {"forward: r16\nq": {"fastlora": [(1, 0.0), (8, 1.0)]}}
+    runs = [replace(BASE, case=f"{q} M{M} r16", M=M, impl=i) for q in "qk" for M in (1, 8) for i in ("frozen", "peft")]
+    refused = [r for r in runs if (r.case, r.impl) != ("k M8 r16", "peft")]
+    (panel,) = series(refused, ROWS, lambda r: r.median_ms).values()
+    assert panel == {"frozen": [(1, 1.0), (8, 1.0)], "peft": [(1, 1.0)]}, "one layer's time is not the median of two"
