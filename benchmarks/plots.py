@@ -53,7 +53,7 @@ class Axis:
 
 
 ROWS = Axis("M, rows", lambda r: r.M, r"\bM\d+\b|\bbatch \d+x\d+\b")
-RANK = Axis("R, rank", lambda r: r.R, r"\br\d+(?![\d/])")  # and not that of adapters of several ranks
+RANK = Axis("R, rank", lambda r: r.R, r"\br\d+\b")
 ADAPTERS = Axis("G, adapters", lambda r: r.G, r"(?<=uniform )\d+|(?<=zipf )\d+|(?<=distinct )\d+|(?<=identical )\d+")
 
 Points = list[tuple[float, float]]

@@ -108,7 +108,7 @@ def loaded(path: Path) -> Any:
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}, wanted a results file (*.json) or a folder of them") from error
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error}), wanted a results file") from error
+        raise BadInput(f"{path}: not JSON ({error}), wanted what python -m benchmarks or make gpu writes") from error
 
 
 def read(path: Path) -> Results:
@@ -121,7 +121,7 @@ def read(path: Path) -> Results:
     _check_stamp(path, held["stamp"])
     if not isinstance(held["records"], list):
         raise BadInput(f"{path}: got records of type {type(held['records']).__name__}, wanted a list")
-    return Results(held["stamp"], [_record(path, number, line) for number, line in enumerate(held["records"])])
+    return Results(held["stamp"], [_record(path, index, line) for index, line in enumerate(held["records"])])
 
 
 def _check_stamp(path: Path, stamp: dict[str, Any]) -> None:
@@ -140,15 +140,15 @@ def _check_stamp(path: Path, stamp: dict[str, Any]) -> None:
         raise BadInput(f"{path}: the stamp's refused is {refused!r}, wanted a list of lines")
 
 
-def _record(path: Path, number: int, line: Any) -> Record:
+def _record(path: Path, index: int, line: Any) -> Record:
     if not isinstance(line, dict) or set(line) != set(NAMES):
         wrong = sorted(set(line) ^ set(NAMES)) if isinstance(line, dict) else line
-        raise BadInput(f"{path}: record {number} has the wrong fields: {wrong}")
+        raise BadInput(f"{path}: record {index} has the wrong fields: {wrong}")
     for field in fields(Record):
         name = field.name.rstrip("_")
         says, fits = WANTED[str(field.type)] if name not in POSITIVE else ("a positive number", positive)
         if not fits(line[name]):
-            raise BadInput(f"{path}: record {number} has {name} {line[name]!r}, wanted {says}")
+            raise BadInput(f"{path}: record {index} has {name} {line[name]!r}, wanted {says}")
     return Record(**{field.name: line[field.name.rstrip("_")] for field in fields(Record)})
 
 

@@ -145,6 +145,19 @@ def test_a_malformed_file_is_one_line_to_compare_and_report(
     assert not page.exists()
 
 
+def test_a_malformed_run_is_one_line_and_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    device, page = written(tmp_path / "results" / "a-machine", run_of()), tmp_path / "page.md"
+    for text, said in (
+        ("no", "not JSON"),
+        ("[]", "got list, wanted the parts"),
+        ('{"tune": {}}', "part tune has state"),
+    ):
+        (device / "run.json").write_text(text)
+        assert cli.main(["report", "--results", str(device.parent), "--out", str(page)]) == 2
+        err = capsys.readouterr().err
+        assert said in err and err.count("\n") == 1 and not page.exists()
+
+
 @pytest.mark.parametrize("words, said", [
     (["compare", "nowhere.json", "nowhere.json"], "nowhere.json: No such file"),
     (["compare", "{run}", "{empty}"], "a folder without results"),
