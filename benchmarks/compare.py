@@ -1,7 +1,8 @@
 """`python -m benchmarks compare OLD NEW`: what moved beyond noise between two runs; exit code 1 on a regression.
 
 A record moves when its time, relative to the frozen layer's where both runs have that, changes by more than the two
-runs' own spreads together and by more than `--noise`. Ratios to the frozen layer cancel a machine's drift.
+runs' own spreads together and by more than `--noise`. Ratios to the frozen layer cancel a machine's drift. A record
+that NEW lost, its case being run there, is a regression as well: the gate refuses what is wrong, however fast it is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import BadInput, Record, read_all
+from benchmarks.records import BadInput, Record, Results, read_all
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ def moves(old: list[Record], new: list[Record], least: float) -> list[Move]:
     return sorted(found, key=lambda move: -move.change)
 
 
+def lost(old: list[Results], new: list[Results]) -> list[tuple[Record, str]]:
+    """The records of `old` whose case and pass `new` ran without them, or refused them in, and what it says of each.
+
+    A case that `new` did not come to, its time being up, is not among them.
+    """
+    there = {record.key for run in new for record in run.records}
+    ran = {key[:-1] for key in there}
+    refusals = {run.stamp["suite"]: run.stamp.get("refused", []) for run in new}
+    found = []
+    for record in [record for run in old for record in run.records if record.key not in there]:
+        names = f"{record.case} {record.impl}: ", f"{record.case}: "
+        why = next((line.split(": ", 1)[1] for line in refusals.get(record.suite, []) if line.startswith(names)), None)
+        if why is not None or record.key[:-1] in ran:
+            found.append((record, f"refused, {why}" if why is not None else "not in NEW, where others ran it"))
+    return found
+
+
 def table(found: list[Move]) -> str:
     """One line a move."""
     lines = [f"{'change':>8} {'noise':>6} {'old ms':>10} {'new ms':>10}  what"]
@@ -64,21 +82,25 @@ def compare(old: Path, new: Path, least: float, impl: str) -> int:
     runs = [read_all(path) for path in (old, new)]
     before, after = ([record for results in run for record in results.records] for run in runs)
     found = moves(before, after, least)
-    if not found:
+    gone = [(record, why) for record, why in lost(*runs) if impl in ("all", record.impl)]
+    if not found and not gone:
         raise BadInput(f"{old} and {new} have no record in common")
-    if impl != "all" and impl not in {move.new.impl for move in found}:
-        known = ", ".join(sorted({move.new.impl for move in found}))
-        raise BadInput(f"--impl: got {impl!r}, wanted all or one of {known}")
-    devices: list[Any] = [run[0].stamp.get("device") for run in runs]
+    known = {move.new.impl for move in found} | {record.impl for record, _ in gone}
+    if impl != "all" and impl not in known:
+        raise BadInput(f"--impl: got {impl!r}, wanted all or one of {', '.join(sorted(known))}")
+    devices = [run[0].stamp["device"] for run in runs]
     if devices[0] != devices[1]:
         print(f"two machines: {devices[0]} and {devices[1]}; only ratios to the frozen layer can be compared")
     moved = [move for move in found if move.moved]
     slower = [move for move in moved if move.change > 0 and impl in ("all", move.new.impl)]
     if moved:
         print(table(moved))
+    for record, why in gone:
+        print(f"lost: {record.suite}: {' '.join(record.key[1:])}: {why}")
     only = len({r.key for r in before} ^ {r.key for r in after})
-    print(f"{len(found)} compared, {len(moved)} moved, {len(slower)} slower ({impl}); {only} in one run only")
-    return 1 if slower else 0
+    counts = f"{len(moved)} moved, {len(slower)} slower and {len(gone)} lost ({impl})"
+    print(f"{len(found)} compared, {counts}; {only} in one run only")
+    return 1 if slower or gone else 0
 
 
 def add_parser(subparsers: Any) -> None:

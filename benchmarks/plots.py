@@ -1,12 +1,17 @@
-"""Pictures of a run: ratio to the frozen layer by rows and by rank, overhead by adapters, memory, roofline."""
+"""Pictures of a run: ratio to the frozen layer by rows and by rank, overhead by adapters, memory, roofline.
+
+The points of a line differ in the axis alone. Cases that differ in anything else have panels of their own, except for
+the layers of `linear`: their median is drawn, of the same layers at each point.
+"""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.records import Record, Results
 
@@ -20,7 +25,6 @@ COLOURS = {
     "lorafusion-style": "#56b4e9",
 }
 """Told apart by most colour-blind eyes (Okabe and Ito); others take the rest of the wheel."""
-ROWS = "M, rows"
 OTHERS = ("#8c564b", "#000000", "#b2df8a")
 
 
@@ -35,30 +39,62 @@ def _ordered(records: Iterable[Record]) -> list[str]:
     return [name for name in COLOURS if name in names] + sorted(names - set(COLOURS))
 
 
-def _mix(record: Record) -> str:
-    return record.dtype if record.dtype == record.adapter_dtype else f"{record.dtype} + {record.adapter_dtype}"
+@dataclass(frozen=True)
+class Axis:
+    """label: its own.   of: a record's place on it.   words: what in a case's name says that place, and no more."""
+
+    label: str
+    of: Callable[[Record], float]
+    words: str
+
+    def rest(self, case: str) -> str:
+        """The case's name without its place on the axis."""
+        return " ".join(re.sub(self.words, "", case).split())
 
 
-def _panels(records: list[Record], by_rows: bool) -> dict[str, list[Record]]:
-    """One panel for each pass, dtype mix and dropout, and for each number of rows where those are not the axis."""
-    panels: dict[str, list[Record]] = {}
+ROWS = Axis("M, rows", lambda r: r.M, r"\bM\d+\b|\bbatch \d+x\d+\b")
+RANK = Axis("R, rank", lambda r: r.R, r"\br\d+\b")
+ADAPTERS = Axis("G, adapters", lambda r: r.G, r"(?<=uniform )\d+|(?<=zipf )\d+|(?<=distinct )\d+|(?<=identical )\d+")
+
+Points = list[tuple[float, float]]
+
+
+def series(records: Iterable[Record], axis: Axis, y: Callable[[Record], float]) -> dict[str, dict[str, Points]]:
+    """The points of each implementation by panel, (place on the axis, y); panels of one place are left out."""
+    panels: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
-        rows = "" if by_rows else f", M = {record.M}"
-        panels.setdefault(f"{record.pass_}, {_mix(record)}, p = {record.p:g}{rows}", []).append(record)
-    return panels
+        layer, _, rest = axis.rest(record.case).partition(" ")
+        if record.suite != "linear":
+            layer, rest = "", f"{layer} {rest}"
+        panels.setdefault((record.pass_, rest), {}).setdefault(layer, []).append(record)
+    found = {}
+    for (pass_, rest), layers in panels.items():
+        places = {layer: {axis.of(record) for record in of} for layer, of in layers.items()}
+        widest = max(places.values(), key=len)
+        alike = [layer for layer, its in places.items() if its >= widest]
+        if len(widest) > 1:
+            of = [record for layer in alike for record in layers[layer] if axis.of(record) in widest]
+            whose = f"{'median of ' if len(alike) > 1 else ''}{', '.join(alike)}"
+            found[f"{pass_}: {rest}\n{whose}".strip()] = _medians(of, axis, y, len(alike))
+    return found
 
 
-def _lines(
-    path: Path,
-    records: list[Record],
-    x: Callable[[Record], float],
-    y: Callable[[Record], float],
-    labels: tuple[str, str],
-) -> Path | None:
-    """A panel for each pass and dtype; a line an implementation, the median over what else differs."""
+def _medians(records: list[Record], axis: Axis, y: Callable[[Record], float], layers: int) -> dict[str, Points]:
+    """Of each implementation the median over the layers, where it ran on all of them."""
+    at: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        at.setdefault(record.impl, {}).setdefault(axis.of(record), []).append(y(record))
+    return {
+        impl: sorted((place, median(values)) for place, values in points.items() if len(values) == layers)
+        for impl, points in at.items()
+    }
+
+
+def _lines(path: Path, records: list[Record], along: Axis, y: Callable[[Record], float], label: str) -> Path | None:
+    """A panel for each set of cases that are alike but for the axis; a line an implementation."""
     from matplotlib.figure import Figure
 
-    panels = {name: of for name, of in _panels(records, labels[0] == ROWS).items() if len({x(r) for r in of}) > 1}
+    panels = series(records, along, y)
     if not panels:
         return None
     columns = min(3, len(panels))
@@ -68,20 +104,16 @@ def _lines(
     names = _ordered(records)
     colours = _colours(names)
     for axis, (title, of) in zip(axes.flat, panels.items(), strict=False):
-        for name in names:
-            at: dict[float, list[float]] = {}
-            for record in of:
-                if record.impl == name:
-                    at.setdefault(x(record), []).append(y(record))
-            points = sorted((place, median(values)) for place, values in at.items())
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colours[name], label=name, marker="o", markersize=3.5)
+        for index, name in enumerate(names):
+            if points := of.get(name):
+                style = {"color": colours[name], "label": name, "linewidth": 3.5 - 2.5 * index / len(names)}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3.5, **style)  # the wider are seen below
         axis.set_xscale("log", base=2)
-        axis.set_title(title, fontsize=9)
-        axis.set_xlabel(labels[0])
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel(along.label)
         axis.grid(alpha=0.25)
     for axis in axes[:, 0]:
-        axis.set_ylabel(labels[1])
+        axis.set_ylabel(label)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_axis_off()
     handles = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -90,40 +122,27 @@ def _lines(
     return path
 
 
-def _roofline(path: Path, records: list[Record]) -> Path | None:
-    """Time over the least time the machine allows, by rows: 1 is the roof."""
-    known = [record for record in records if record.roof_fraction and record.M]
-    return _lines(path, known, lambda r: r.M, lambda r: r.roof_fraction or 0, (ROWS, "share of the roof"))
-
-
-def _compared(records: list[Record]) -> list[Record]:
-    return [record for record in records if record.ratio_to_frozen and record.impl != "frozen"]
-
-
 def draw(run: Results, folder: Path) -> list[Path]:
-    """Every plot that the run has data for, as PNG; returns their paths."""
+    """Every plot that the run has data for, as PNG; returns their paths. The suite's older ones go."""
     records, suite = run.records, run.stamp["suite"]
-    layers = [record for record in _compared(records) if record.R]
-    usual = sorted({record.R for record in layers}, key=lambda R: -sum(record.R == R for record in layers))[:1]
+    layers = [r for r in records if r.ratio_to_frozen is not None and r.impl != "frozen" and r.R]
     folder.mkdir(parents=True, exist_ok=True)
 
     def ratio(record: Record) -> float:
         return record.ratio_to_frozen or 0
 
-    label = "time / frozen layer's"
-    by_rows = [record for record in layers if record.R in usual and record.M]
-    with_peak = [record for record in records if record.peak_mb is not None and record.M]
-    drawn: list[Any] = [
-        _lines(folder / f"{suite}-rows.png", by_rows, lambda r: r.M, ratio, (ROWS, label)),
-        _lines(folder / f"{suite}-rank.png", layers, lambda r: r.R, ratio, ("R, rank", label)),
-        _lines(
-            folder / f"{suite}-adapters.png",
-            [r for r in layers if r.R in usual],
-            lambda r: r.G,
-            ratio,
-            ("G, adapters", label),
-        ),
-        _lines(folder / f"{suite}-memory.png", with_peak, lambda r: r.M, lambda r: r.peak_mb or 0, (ROWS, "peak, MiB")),
-        _roofline(folder / f"{suite}-roof.png", records),
+    over = "time / frozen layer's"
+    by_rows = [r for r in layers if r.M]
+    with_peak = [r for r in records if r.peak_mb is not None and r.M]
+    with_roof = [r for r in records if r.roof_fraction and r.M]  # 1 is the roof: the least time the machine allows
+    drawn = [
+        _lines(folder / f"{suite}-rows.png", by_rows, ROWS, ratio, over),
+        _lines(folder / f"{suite}-rank.png", layers, RANK, ratio, over),
+        _lines(folder / f"{suite}-adapters.png", layers, ADAPTERS, ratio, over),
+        _lines(folder / f"{suite}-memory.png", with_peak, ROWS, lambda r: r.peak_mb or 0, "peak, MiB"),
+        _lines(folder / f"{suite}-roof.png", with_roof, ROWS, lambda r: r.roof_fraction or 0, "share of the roof"),
     ]
-    return [path for path in drawn if path is not None]
+    found = [path for path in drawn if path is not None]
+    for old in set(folder.glob(f"{suite}-*.png")) - set(found):
+        old.unlink()
+    return found

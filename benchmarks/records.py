@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Record:
 
 
 NAMES = tuple(field.name.rstrip("_") for field in fields(Record))
+SUITES = ("linear", "block", "step", "multi", "overhead")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,30 @@ class Results:
 
     stamp: dict[str, Any]
     records: list[Record]
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def positive(value: Any) -> bool:
+    return number(value) and value > 0
+
+
+POSITIVE = ("median_ms", "p20_ms", "p80_ms")
+WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("text", lambda value: isinstance(value, str)),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "float": ("a number", number),
+    "float | None": ("a number or null", lambda value: value is None or number(value)),
+}
+"""By a field's type: what it takes, in words and as a test."""
+
+STAMPED: dict[str, tuple[type, ...]] = {
+    "suite": (str,), "device": (str,), "kind": (str,), "date": (str,), "threads": (int,), "commit": (str, type(None)),
+    "dirty": (bool,), "versions": (dict,), "ceilings": (dict,),
+}  # fmt: skip
+"""What every stamp says and of which type; "refused", the gate's lines, is not in all."""
 
 
 def write(path: Path, stamp: dict[str, Any], records: Iterable[Record]) -> None:
@@ -75,25 +101,55 @@ def write(path: Path, stamp: dict[str, Any], records: Iterable[Record]) -> None:
     fresh.replace(path)
 
 
-def read(path: Path) -> Results:
-    """The file's stamp and records.   Raises BadInput where it is not a results file of this format."""
+def loaded(path: Path) -> Any:
+    """What a JSON file holds.   Raises BadInput where it cannot be read."""
     try:
-        held = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}, wanted a results file (*.json) or a folder of them") from error
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON ({error}), wanted a results file") from error
+        raise BadInput(f"{path}: not JSON ({error}), wanted what python -m benchmarks or make gpu writes") from error
+
+
+def read(path: Path) -> Results:
+    """The file's stamp and records.   Raises BadInput where it is not a results file of this format."""
+    held = loaded(path)
     if not isinstance(held, dict) or not isinstance(held.get("stamp"), dict) or "records" not in held:
         raise BadInput(f'{path}: got no "stamp" beside "records", wanted a file that python -m benchmarks wrote')
     if held["stamp"].get("format") != FORMAT:
         raise BadInput(f"{path}: got results of format {held['stamp'].get('format')}, wanted format {FORMAT}")
-    records = []
-    for number, line in enumerate(held["records"]):
-        if not isinstance(line, dict) or set(line) != set(NAMES):
-            wrong = sorted(set(line) ^ set(NAMES)) if isinstance(line, dict) else line
-            raise BadInput(f"{path}: record {number} has the wrong fields: {wrong}")
-        records.append(Record(**{field.name: line[field.name.rstrip("_")] for field in fields(Record)}))
-    return Results(held["stamp"], records)
+    _check_stamp(path, held["stamp"])
+    if not isinstance(held["records"], list):
+        raise BadInput(f"{path}: got records of type {type(held['records']).__name__}, wanted a list")
+    return Results(held["stamp"], [_record(path, index, line) for index, line in enumerate(held["records"])])
+
+
+def _check_stamp(path: Path, stamp: dict[str, Any]) -> None:
+    for name, types in STAMPED.items():
+        if name not in stamp:
+            raise BadInput(f"{path}: the stamp has no {name}, wanted {', '.join(STAMPED)}")
+        if not isinstance(stamp[name], types):
+            raise BadInput(f"{path}: the stamp's {name} is {stamp[name]!r}, wanted {types[0].__name__}")
+    if stamp["suite"] not in SUITES:
+        raise BadInput(f"{path}: the stamp's suite is {stamp['suite']!r}, wanted one of {', '.join(SUITES)}")
+    copy, rates = stamp["ceilings"].get("copy_gb_s"), stamp["ceilings"].get("matmul_tflop_s")
+    if not (positive(copy) and isinstance(rates, dict) and all(map(positive, rates.values()))):
+        raise BadInput(f"{path}: the stamp's ceilings are {stamp['ceilings']}, wanted copy_gb_s and matmul_tflop_s > 0")
+    refused = stamp.get("refused", [])
+    if not isinstance(refused, list) or not all(isinstance(line, str) for line in refused):
+        raise BadInput(f"{path}: the stamp's refused is {refused!r}, wanted a list of lines")
+
+
+def _record(path: Path, index: int, line: Any) -> Record:
+    if not isinstance(line, dict) or set(line) != set(NAMES):
+        wrong = sorted(set(line) ^ set(NAMES)) if isinstance(line, dict) else line
+        raise BadInput(f"{path}: record {index} has the wrong fields: {wrong}")
+    for field in fields(Record):
+        name = field.name.rstrip("_")
+        says, fits = WANTED[str(field.type)] if name not in POSITIVE else ("a positive number", positive)
+        if not fits(line[name]):
+            raise BadInput(f"{path}: record {index} has {name} {line[name]!r}, wanted {says}")
+    return Record(**{field.name: line[field.name.rstrip("_")] for field in fields(Record)})
 
 
 def read_all(path: Path) -> list[Results]:
@@ -104,6 +160,3 @@ def read_all(path: Path) -> list[Results]:
     if not found:
         raise BadInput(f"{path}: a folder without results, wanted one that holds any of {', '.join(SUITES)} (.json)")
     return [read(p) for p in found]
-
-
-SUITES = ("linear", "block", "step", "multi", "overhead")

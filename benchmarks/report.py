@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import gpu_verdicts
+from benchmarks.outcome import dram_bytes, read_parts
 from benchmarks.records import SUITES, BadInput, Record, Results, read
+from benchmarks.verdicts import mixed_verdicts, ratios, verdicts
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,30 +22,6 @@ of interleaved rounds with cold caches, of results that passed the tolerance pol
 over another's in the same run, case by case: the median over the cases, and in brackets the worst. Below 1 is faster.
 Each is first taken over the frozen layer's time in its own round, so that what slows the whole machine drops out.
 """
-
-TARGETS = {  # beside PEFT on a CPU: of which records, median, worst   (issue "The measuring bench", §4)
-    "never slower than PEFT": (lambda r: True, 1.00, 1.05),
-    "with dropout": (lambda r: r.p > 0, 1 / 1.15, None),
-    "with fp32 adapters on a bf16 base": (lambda r: r.dtype == "bf16" and r.adapter_dtype == "fp32", 1 / 1.05, None),
-}
-
-
-MIXED = {"llama 4x512 batch 32x1 distinct 32 r16 qv": 1.35, "llama 4x512 batch 32x16 distinct 32 r16 qv": 1.2}
-"""The most that fastlora may take, over the frozen model's time: where an adapter's bytes are 0.5 % of the model's."""
-
-
-def ratios(records: list[Record], of: str, to: str) -> dict[Record, float]:
-    """Time of `of` over time of `to`, for each case that both ran: each over the frozen layer's, where that ran too."""
-    others = {(r.suite, r.case, r.pass_): r for r in records if r.impl == to}
-    pairs = [
-        (r, others[r.suite, r.case, r.pass_]) for r in records if r.impl == of and (r.suite, r.case, r.pass_) in others
-    ]
-    return {
-        r: r.ratio_to_frozen / other.ratio_to_frozen
-        if r.ratio_to_frozen and other.ratio_to_frozen
-        else r.median_ms / other.median_ms
-        for r, other in pairs
-    }
 
 
 def _cell(found: Iterable[float | None]) -> str:
@@ -82,7 +60,7 @@ def beside_peft(records: list[Record]) -> str:
         of = {r: ratio for r, ratio in found.items() if (r.pass_, _mix(r), r.p) == group}
         worst = max(of, key=lambda r: of[r])
         rows.append([group[0], group[1], f"{group[2]:g}", _cell(of.values()), worst.case])
-    return _table(["pass", "dtypes", "p", "fastlora / PEFT", "worst case"], rows)
+    return _table(["pass", "dtypes", "p", "fastlora / PEFT", "worst case"], rows) if rows else ""
 
 
 def overhead_table(records: list[Record]) -> str:
@@ -101,38 +79,29 @@ def case_table(records: list[Record]) -> str:
     rows = []
     for case in dict.fromkeys(r.case for r in records):
         of = {r.impl: r for r in records if r.case == case}
-        cells = [f"{of[name].ratio_to_frozen:.2f}" if name in of else "–" for name in names]
-        rows.append([case, f"{of['frozen'].median_ms:.2f}", *cells])
+        ratios_of = [of[name].ratio_to_frozen if name in of else None for name in names]
+        cells = [f"{ratio:.2f}" if ratio is not None else "–" for ratio in ratios_of]
+        rows.append([case, f"{of['frozen'].median_ms:.2f}" if "frozen" in of else "–", *cells])
     return _table(["case", "frozen, ms", *(f"{name} / frozen" for name in names)], rows)
 
 
-def mixed_verdicts(records: list[Record]) -> str:
-    """The targets of a mixed batch of 32 distinct adapters on a CPU   (issue "Many tenants in one batch", §5)."""
-    lines = []
-    for case, most in MIXED.items():
-        for ratio in (r.ratio_to_frozen for r in records if r.impl == "fastlora" and r.case == case):
-            assert ratio is not None
-            held = "reached" if ratio <= most else "not reached"
-            lines.append(f"- {case}: ≤ {most:.2f} of the frozen model: {ratio:.3f}, {held}")
-    return "\n".join(lines)
+def refusals(lines: list[str]) -> str:
+    """What the gate refused, a line for each reason; of cases that share it the later ones say where they differ."""
+    whose: dict[str, list[str]] = {}
+    for line in lines:
+        who, _, why = line.partition(": ")
+        whose.setdefault(why, []).append(who)
+    found = []
+    for why, names in whose.items():
+        first, *rest = dict.fromkeys(names)
+        found.append(f"- {', '.join([first, *(_differing(first, name) for name in rest)])}: `{why}`")
+    return "\n".join(["Refused by the gate, and so not timed:\n", *found]) if found else ""
 
 
-def verdicts(records: list[Record]) -> str:
-    """Each target for a CPU, and whether this run reached it."""
-    found = ratios(records, "fastlora", "peft")
-    lines = []
-    for name, (belongs, middle, worst) in TARGETS.items():
-        of = {r: ratio for r, ratio in found.items() if belongs(r)}
-        if not of:
-            continue
-        typical, most = median(of.values()), max(of.values())
-        held = typical <= middle and (worst is None or most <= worst)
-        wanted = f"median ≤ {middle:.4f}" + (f", worst ≤ {worst:.2f}" if worst else "")
-        slow = sorted((r for r in of if worst and of[r] > worst), key=lambda r: -of[r])
-        beyond = "; beyond: " + ", ".join(f"{r.case} {r.pass_} {of[r]:.4f}" for r in slow) if slow else ""
-        verdict = "reached" if held else "not reached"
-        lines.append(f"- {name} ({wanted}): {typical:.4f} ({most:.4f}), {verdict}{beyond}")
-    return "\n".join(lines)
+def _differing(first: str, name: str) -> str:
+    words, others = name.split(), first.split()
+    same = next((i for i, pair in enumerate(zip(words, others, strict=False)) if pair[0] != pair[1]), 0)
+    return " ".join(words[same:])
 
 
 def _stamp(stamp: dict[str, Any]) -> str:
@@ -156,24 +125,28 @@ def section(run: Results, pictures: list[str]) -> str:
         parts += [suite_table(run.records), beside_peft(run.records)]
         if run.stamp["kind"] == "cpu":
             parts.append(verdicts(run.records))
+    parts.append(refusals(run.stamp.get("refused", [])))
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part)
 
 
-def gpu_section(path: Path) -> str:
+def gpu_section(parts: dict[str, Any]) -> str:
     """What `make gpu` left in run.json: its parts, and DRAM bytes beside the ideal ones."""
-    parts = json.loads(path.read_text())
     rows = [[name, found["state"], f"{found['seconds']:g}"] for name, found in parts.items()]
     text = "### make gpu\n\n" + _table(["part", "state", "s"], rows)
-    measured = parts.get("profile", {}).get("measured")
-    if measured:
-        ideal = parts["profile"]["ideal_bytes"]
-        lines = []
-        for launch, name in zip([m for m in measured if "reduce" not in m["kernel"]], ideal, strict=False):
-            moved = launch["dram__bytes_read.sum"] + launch["dram__bytes_write.sum"]
-            lines.append([name, f"{moved / 2**20:.1f}", f"{ideal[name] / 2**20:.1f}", f"{moved / ideal[name]:.2f}"])
+    lines = [
+        [name, f"{moved / 2**20:.1f}", f"{ideal / 2**20:.1f}", f"{moved / ideal:.2f}"]
+        for name, (moved, ideal) in dram_bytes(parts).items()
+    ]
+    if lines:
         text += "\n\n" + _table(["kernel", "DRAM, MiB", "ideal, MiB", "ratio"], lines)
     return text
+
+
+def targets_section(runs: list[Results], parts: dict[str, Any]) -> str:
+    """Each target of a GPU, and whether these runs reached it."""
+    head = ["target", "pass", "p", "fastlora", "verdict", "fastlora-patched"]
+    return f"### targets\n\n{gpu_verdicts.INTRO}\n\n" + _table(head, [*gpu_verdicts.rows(runs, dram_bytes(parts))])
 
 
 def report(results: Path, out: Path) -> int:
@@ -184,13 +157,16 @@ def report(results: Path, out: Path) -> int:
     read_first = {
         device: [read(device / f"{s}.json") for s in SUITES if (device / f"{s}.json").exists()] for device in devices
     }
+    outcomes = {device: read_parts(device / "run.json") for device in devices if (device / "run.json").exists()}
     parts = [HEAD.strip()]
     for device, runs in read_first.items():
         parts.append(f"## {runs[0].stamp['device']}")
         for run in runs:
             parts.append(section(run, _pictures(run, out.parent / "benchmarks" / device.name, out.parent)))
-        if (device / "run.json").exists():
-            parts.append(gpu_section(device / "run.json"))
+        if device in outcomes:
+            parts.append(gpu_section(outcomes[device]))
+        if runs[0].stamp["kind"] == "cuda":
+            parts.append(targets_section(runs, outcomes.get(device, {})))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
     print(out)
