@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks import layers, machine, records, table
-from benchmarks.contest import Bench, Found, first_line
+from benchmarks.clock import first_line
+from benchmarks.contest import Bench, Found
 from benchmarks.records import SUITES, BadInput
 from benchmarks.shapes import SETS, expanded
 
@@ -140,6 +141,7 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
         return 0
     found: list[records.Record] = []
     refused: list[str] = []
+    eager: list[str] = []
     cases = suite.cases(bench)
     print(
         f"\n{name}: {len(cases)} cases, {bench.rounds} rounds, more of short calls, fewer of long ones\n{table.HEADER}"
@@ -156,9 +158,10 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
             of_case = Found(refused=[f"{case.name}: {first_line(error)}"])
         found += of_case.records
         refused += of_case.refused
+        eager += of_case.eager
         table.clear()
         print(table.rows(of_case.records, of_case.refused), flush=True)
-        records.write(path, {"suite": name, **stamp, "refused": refused}, found)
+        records.write(path, {"suite": name, **stamp, "refused": refused, "eager": eager}, found)
     return len(refused)
 
 

@@ -246,7 +246,7 @@ def test_the_sets() -> None:
 def test_a_race_is_interleaved_and_its_order_changes() -> None:
     seen: list[str] = []
     entries = [Entry(name, "both", run=lambda _, name=name: seen.append(name)) for name in "abc"]
-    times = clock.race(entries, rounds=4, flush=torch.ones(8))
+    times = clock.race(entries, rounds=4, flush=torch.ones(8)).times
     assert {key: len(ms) for key, ms in times.items()} == {(name, "both"): 40 for name in "abc"}, "short: ten times 4"
     turns = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
@@ -268,7 +268,7 @@ def test_rounds_end_when_they_have_taken_long_enough(
     clocks = SimpleNamespace(perf_counter=lambda: now[0], perf_counter_ns=lambda: int(now[0] * 1e9))
     monkeypatch.setattr(clock, "time", clocks)
     monkeypatch.setattr(clock, "SETTLED", seconds)
-    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=asked, flush=torch.ones(8)).values()
+    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=asked, flush=torch.ones(8)).times.values()
     assert len(ms) == rounds
 
 
@@ -276,7 +276,7 @@ def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
     entry = Entry("one", "forward", run=lambda x: x + 1, prepare=lambda: torch.ones(2**18))
     assert clock.peak(entry, torch.device("cpu")) == pytest.approx(1, rel=0.01)
     slow = replace(entry, run=lambda _: None, prepare=lambda: torch.randn(2**22))
-    (ms,) = clock.race([slow], rounds=1, flush=torch.ones(8)).values()
+    (ms,) = clock.race([slow], rounds=1, flush=torch.ones(8)).times.values()
     assert ms[0] < 1
 
 
