@@ -78,7 +78,7 @@ def race_host(entries: Iterable[Entry], rounds: int, device: torch.device) -> Ra
     return _rounds({e.key: _enqueued(e, device) for e in entries}, rounds, Raced())
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An error as one line: a refusal of the gate as it is, anything else with its type."""
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
