@@ -11,7 +11,8 @@ A plugin is an implementation of yours, `--plugin module:function`, called once 
 
 with x: [M, K], w: [N, K], bias: [N] or None, a: [R, K], b: [N, R] and two numbers. The callable takes nothing and
 returns y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ, differentiable to x, a and b, its dropout mask drawn anew at each call
-from torch's generator; None says that it does not apply. It passes the same gate as ours, or is not timed.
+from torch's generator; None says that it does not apply. It passes the same gate as ours, or is not timed. The suites
+linear and overhead take it.
 """
 
 from __future__ import annotations

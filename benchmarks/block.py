@@ -18,6 +18,7 @@ from benchmarks.clock import Entry
 from benchmarks.contest import Bench, Found, Subject, timed
 from benchmarks.groups import IMPLS, Block, Build, Call, peft_style
 from benchmarks.layers import FLOOR
+from benchmarks.machine import Machine
 from benchmarks.shapes import DTYPES, SHAPES, mix
 from fastlora_kernels.traffic import Gated, Group, Layer, Work
 
@@ -81,13 +82,18 @@ def measure(case: Case, bench: Bench) -> Found:
     main, adapter, found = DTYPES[case.dtype], DTYPES[case.adapter_dtype], Found()
     block = Block.random(case.kind, case.M, case.sizes, case.R, main, adapter, bench.machine.device)
     builds, errors = _admitted(block, case, bench, found)
-    spare = 0 if bench.machine.device.type == "cuda" else -(-bench.machine.flush.nbytes // block.nbytes)
-    blocks = [block, *(block.again() for _ in range(spare))]  # cold operands and warm code, as in `linear`
+    blocks = _copies(block, bench.machine)
     turns = itertools.cycle(range(len(blocks)))
     sides = {impl: partial(_entries, impl, build, blocks, case.p, turns) for impl, build in builds.items()}
     subject = Subject("block", case.name, case.M, 0, 0, case.R, case.dtype, case.adapter_dtype, case.p)
     timed(subject, sides, bench, found, errors, partial(work, case))
     return found
+
+
+def _copies(block: Block, machine: Machine) -> list[Block]:
+    """Cold operands and warm code, as in `linear`."""
+    spare = 0 if machine.device.type == "cuda" else -(-machine.flush.nbytes // block.nbytes)
+    return [block, *(block.again() for _ in range(spare))]
 
 
 def work(case: Case, impl: str, which: str) -> Work:

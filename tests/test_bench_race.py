@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import clock, layers, linear, records
+from benchmarks import block, clock, layers, linear, records
 from benchmarks.__main__ import main
 from benchmarks.baselines import peft_style
 from benchmarks.clock import Entry
 from benchmarks.contest import Bench, Found, Subject, record, timed
 from benchmarks.gate import Operands
+from benchmarks.groups import Block
 from benchmarks.machine import Ceilings, Machine
 from fastlora_kernels.traffic import Work
 
@@ -64,9 +65,10 @@ def ten_calls(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
     return counted
 
 
-def test_a_late_failure_costs_nobody_else_the_case(tmp_path: Path) -> None:
+def test_a_late_failure_costs_nobody_else_the_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "SETTLED", 0.0)
     name = f"{__name__}:ten_calls"
-    arguments = ["linear", "--plugin", name, "--impl", "fastlora", "--device", "cpu", "--set", "tiny", "--rounds", "2"]
+    arguments = ["linear", "--plugin", name, "--impl", "fastlora", "--device", "cpu", "--set", "tiny", "--rounds", "20"]
     assert main([*arguments, "--threads", "1", "--out", str(tmp_path)]) == 1
     found = records.read(tmp_path / "linear.json")
     assert {r.impl for r in found.records} == {layers.FLOOR, "fastlora"}
@@ -165,12 +167,14 @@ def test_the_roof_is_the_least_time_over_the_median(work: Work | None, fraction:
 
 def test_a_cpus_copies_are_more_than_its_caches_hold() -> None:
     operands = Operands.random(8, 16, 24, 4, torch.float32, torch.float32, 0.0, CPU)
-    machine = replace(MACHINE, flush=torch.ones(5 * operands.nbytes // 4))
-    copies = linear._copies(operands, machine)
-    assert sum(t.nbytes for t in copies[1:]) >= machine.flush.nbytes, "between two uses of one, others fill the caches"
-    assert len({t.w.data_ptr() for t in copies}) == len(copies) == 6
-    on_a_gpu = replace(machine, device=torch.device("cuda"))
-    assert linear._copies(operands, on_a_gpu) == [operands]
+    together = Block.random("qkv", 8, [(16, 24)] * 3, 4, torch.float32, torch.float32, CPU)
+    of_each: list[tuple[Any, Any]] = [(linear._copies, operands), (block._copies, together)]
+    for copies_of, one in of_each:
+        machine = replace(MACHINE, flush=torch.ones(5 * one.nbytes // 4))
+        copies = copies_of(one, machine)
+        assert sum(t.nbytes for t in copies[1:]) >= machine.flush.nbytes, "between two uses of one others fill them"
+        assert len({t.x.data_ptr() for t in copies}) == len(copies) == 6
+        assert copies_of(one, replace(machine, device=torch.device("cuda"))) == [one]
 
 
 def test_each_call_takes_the_next_copy(monkeypatch: pytest.MonkeyPatch) -> None:
