@@ -59,6 +59,8 @@ def test_the_tiny_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 assert r.ratio_to_frozen == 1
         assert {layers.FLOOR, "peft", "fastlora"} <= {r.impl for r in found.records}
         assert found.stamp["refused"] == []
+    blocks = records.read(tmp_path / "block.json")
+    assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in blocks.records)
     linears = records.read(tmp_path / "linear.json")
     assert {r.pass_ for r in linears.records} == {"forward", "backward", "both"}
     assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in linears.records)
@@ -315,3 +317,4 @@ def test_many_adapters_pass_the_gate_and_are_timed(tmp_path: Path) -> None:
     found = records.read(tmp_path / "multi.json").records
     assert {r.impl for r in found} == {"frozen", "peft", "vllm-style", "fastlora"} and {r.G for r in found} == {3}
     assert all(r.rel_error is not None and r.rel_error < 1e-5 for r in found if r.impl != "frozen")
+    assert all(r.roof_fraction for r in found)
