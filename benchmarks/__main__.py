@@ -11,14 +11,17 @@ A plugin is an implementation of yours, `--plugin module:function`, called once 
 
 with x: [M, K], w: [N, K], bias: [N] or None, a: [R, K], b: [N, R] and two numbers. The callable takes nothing and
 returns y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ, differentiable to x, a and b, its dropout mask drawn anew at each call
-from torch's generator; None says that it does not apply. It passes the same gate as ours, or is not timed.
+from torch's generator; None says that it does not apply. It passes the same gate as ours, or is not timed. The suites
+linear and overhead take it.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +30,16 @@ from typing import Any, NoReturn
 import torch
 
 from benchmarks import layers, machine, records, table
-from benchmarks.contest import Bench, Found, first_line
+from benchmarks.clock import first_line
+from benchmarks.contest import Bench, Found
 from benchmarks.records import SUITES, BadInput
 from benchmarks.shapes import SETS, expanded
 
 COMMANDS = ("compare", "report")
 RESULTS = machine.ROOT / "benchmarks" / "results"
+TAKES = {"--plugin": ("linear", "overhead"), "--shape": ("linear",)}
+"""The suites that an option means something to."""
+
 ROUNDS = {"tiny": 3, "cpu": 20, "gpu": 30}
 INTERRUPTED = 130
 
@@ -52,17 +59,20 @@ def _parser() -> _Parser:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="the GPU unless given, the CPU where there is none")
     parser.add_argument("--set", choices=SETS, dest="set_name", help="which cases: cpu or gpu by the device, or tiny")
     parser.add_argument(
-        "--shape", nargs="+", default=[], metavar="NAME", help="of linear: a model, or model.projection"
+        "--shape", nargs="+", default=[], metavar="NAME", help="of linear alone: a model, or model.projection"
     )
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help=f"some of {', '.join(layers.IMPLS)}")
-    parser.add_argument("--plugin", action="append", default=[], metavar="MODULE:FUNCTION", help="one more; see above")
+    parser.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="one more, of linear and overhead; see above",
+    )  # fmt: skip
     parser.add_argument(
         "--rounds",
         type=_positive,
         help=f"timed rounds a case, on a CPU up to ten times as many of short ones; by set {ROUNDS}",
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="when to stop, between two cases")
-    parser.add_argument("--threads", type=_positive, help="of a CPU, each on a core of its own")
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="when to stop, between two cases")
+    parser.add_argument("--threads", type=_positive, help="of a CPU, on as many of its cores")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where SUITE.json goes; benchmarks/results/<device>")
     return parser
 
@@ -71,6 +81,16 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number ≥ 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of seconds ≥ 0")
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,8 +127,8 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
             raise BadInput(f"suite: got {suite!r}, wanted some of {', '.join(SUITES)}, or {' or '.join(COMMANDS)}")
     impls = layers.chosen(args.impl, args.plugin)
     expanded(args.shape)
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise BadInput(f"--out: {args.out} is a file, wanted a folder")
+    wanted = list(dict.fromkeys(args.suites)) or list(SUITES)
+    left_alone = _untaken({"--plugin": args.plugin, "--shape": args.shape}, wanted)
     here = machine.find(args.device, quick=args.set_name == "tiny")
     set_name = args.set_name or {"cpu": "cpu", "cuda": "gpu"}[here.device.type]
     rounds = args.rounds or ROUNDS[set_name]
@@ -117,7 +137,9 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     )
     stamp = {**here.stamp(arguments), "slug": here.slug, "set": set_name, "rounds": rounds}
     out = args.out or RESULTS / here.slug
-    wanted = list(dict.fromkeys(args.suites)) or list(SUITES)
+    _prove_writable(out)
+    for line in left_alone:
+        print(line, file=sys.stderr)
     deadline = time.monotonic() + args.budget if args.budget is not None else None
     print(f"{here.name}, {here.threads} threads: copy {here.ceilings.copy_gb_s:.1f} GB/s, matmul TFLOP/s "
           + ", ".join(f"{dtype} {rate:.2f}" for dtype, rate in here.ceilings.matmul_tflop_s.items()))  # fmt: skip
@@ -130,6 +152,28 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
     return 1 if refused else 0
 
 
+def _untaken(options: dict[str, list[str]], wanted: list[str]) -> list[str]:
+    """A line for each option given that some of the suites take no notice of.   Raises BadInput where all do."""
+    lines = []
+    for option, given in options.items():
+        without = [suite for suite in wanted if suite not in TAKES[option]]
+        if given and without == wanted:
+            raise BadInput(f"{option}: got {', '.join(wanted)}, wanted with it any of {', '.join(TAKES[option])}")
+        if given and without:
+            lines.append(f"{option} does not apply to {', '.join(without)}")
+    return lines
+
+
+def _prove_writable(out: Path) -> None:
+    """Raises BadInput before anything is measured, rather than after the first case."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out: got {str(out)!r}, wanted a folder that can be written ({error.strerror})") from error
+
+
 def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline: float | None) -> int:
     """Run one suite, its file rewritten after each case.   Returns how many results the gate refused."""
     try:
@@ -140,6 +184,7 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
         return 0
     found: list[records.Record] = []
     refused: list[str] = []
+    eager: list[str] = []
     cases = suite.cases(bench)
     print(
         f"\n{name}: {len(cases)} cases, {bench.rounds} rounds, more of short calls, fewer of long ones\n{table.HEADER}"
@@ -156,9 +201,10 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
             of_case = Found(refused=[f"{case.name}: {first_line(error)}"])
         found += of_case.records
         refused += of_case.refused
+        eager += of_case.eager
         table.clear()
         print(table.rows(of_case.records, of_case.refused), flush=True)
-        records.write(path, {"suite": name, **stamp, "refused": refused}, found)
+        records.write(path, {"suite": name, **stamp, "refused": refused, "eager": eager}, found)
     return len(refused)
 
 

@@ -3,7 +3,7 @@
 A CPU is timed by a steady clock; what must be cold there is rotated by whoever makes the entries, for reading a buffer
 between calls makes Python's own code cold too (seen: twice the host time). On a GPU an entry is captured into CUDA
 graphs, its untimed part into one of its own, and the replay is timed by events; what cannot be captured is timed as it
-runs.
+runs, and said to be. An implementation that raises is out of the race with all of its entries; the others go on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,36 +35,56 @@ HOST_CALLS = 20
 
 @dataclass(frozen=True)
 class Entry:
-    """What is timed: run(prepare()), of which only run counts.   capture: whether CUDA graphs may hold it."""
+    """What is timed: run(prepare()), of which only run counts.   eager: why no CUDA graph can hold it, if none can."""
 
     impl: str
     pass_: str
     run: Callable[[Any], Any]
     prepare: Callable[[], Any] = lambda: None
-    capture: bool = True
+    eager: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.impl, self.pass_
 
 
 Tick = Callable[[], float]
 """Runs an entry once and says how many seconds it took."""
 
 
-def race(entries: Iterable[Entry], rounds: int, flush: torch.Tensor) -> dict[tuple[str, str], list[float]]:
-    """Milliseconds of each round by (impl, pass).   flush: lies on the device; a GPU reads it before each call."""
+@dataclass
+class Raced:
+    """What a race came to.
+
+    times: milliseconds of each round by (impl, pass).   failed: what an implementation raised, in one line, by impl.
+    eager: why a GPU timed an entry without a CUDA graph, by (impl, pass).
+    """
+
+    times: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    eager: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+def race(entries: Iterable[Entry], rounds: int, flush: torch.Tensor) -> Raced:
+    """flush: lies on the device; a GPU reads it before each call."""
+    raced = Raced()
     if not flush.is_cuda:
-        return _rounds({(e.impl, e.pass_): _called(e) for e in entries}, rounds, SETTLED)
-    torch.cuda.empty_cache()  # what the gate held is no use to the graphs' pool
-    pool = torch.cuda.graph_pool_handle()  # one for all: nothing of an entry outlives its replay
-    return _rounds({(e.impl, e.pass_): _replayed(e, flush, pool) for e in entries}, rounds)
+        return _rounds({e.key: _called(e) for e in entries}, rounds, raced, SETTLED)
+    return _rounds(_replays(entries, flush, raced), rounds, raced)
 
 
-def race_host(entries: Iterable[Entry], rounds: int, device: torch.device) -> dict[tuple[str, str], list[float]]:
+def race_host(entries: Iterable[Entry], rounds: int, device: torch.device) -> Raced:
     """Milliseconds of host time per call, caches warm; a GPU is never waited for within a sample."""
-    return _rounds({(e.impl, e.pass_): _enqueued(e, device) for e in entries}, rounds)
+    return _rounds({e.key: _enqueued(e, device) for e in entries}, rounds, Raced())
 
 
-def _rounds(
-    ticks: dict[tuple[str, str], Tick], rounds: int, seconds: float = 0.0
-) -> dict[tuple[str, str], list[float]]:
+def first_line(error: BaseException) -> str:
+    """An error as one line: a refusal of the gate as it is, anything else with its type."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
+
+
+def _rounds(ticks: dict[tuple[str, str], Tick], rounds: int, raced: Raced, seconds: float = 0.0) -> Raced:
     """`rounds` of them, or up to ten times as many while they have not taken `seconds`; fewer where patience ends."""
     found: dict[tuple[str, str], list[float]] = {key: [] for key in ticks}
     order, chance = list(ticks), random.Random(0)
@@ -77,10 +97,17 @@ def _rounds(
             # nobody often follows the same neighbour: behind one that frees 12 MiB a call took a quarter longer
             chance.shuffle(order)
             for key in order:
-                tick = ticks[key]()
+                if key[0] in raced.failed:
+                    continue
+                try:
+                    tick = ticks[key]()
+                except Exception as error:  # whatever an implementation raises is the finding
+                    raced.failed[key[0]] = first_line(error)
+                    continue
                 if turn >= 0:
                     found[key].append(tick * 1e3)
-    return found
+    raced.times = {key: ms for key, ms in found.items() if key[0] not in raced.failed}
+    return raced
 
 
 @contextmanager
@@ -119,9 +146,33 @@ def _enqueued(entry: Entry, device: torch.device) -> Tick:
     return tick
 
 
-def _replayed(entry: Entry, flush: torch.Tensor, pool: Any) -> Tick:
-    prepare, run = _captured(entry, pool) if entry.capture else (entry.prepare, entry.run)
+def _replays(entries: Iterable[Entry], flush: torch.Tensor, raced: Raced) -> dict[tuple[str, str], Tick]:
+    """Each entry as CUDA graphs where it can be captured, as it runs where not; whoever fails even so is out."""
+    torch.cuda.empty_cache()  # what the gate held is no use to the graphs' pool
+    pool = torch.cuda.graph_pool_handle()  # one for all: nothing of an entry outlives its replay
+    ticks = {}
+    for entry in entries:
+        if entry.impl in raced.failed:
+            continue
+        prepare, run = entry.prepare, entry.run
+        if entry.eager:
+            raced.eager[entry.key] = entry.eager
+        else:
+            try:
+                _warm(entry)
+            except Exception as error:  # whatever an implementation raises is the finding
+                raced.failed[entry.impl] = first_line(error)
+                continue
+            try:
+                prepare, run = _captured(entry, pool)
+            except Exception as error:
+                raced.eager[entry.key] = first_line(error)
+                pool = _after_a_broken_capture()
+        ticks[entry.key] = _evented(prepare, run, flush)
+    return ticks
 
+
+def _evented(prepare: Callable[[], Any], run: Callable[[Any], Any], flush: torch.Tensor) -> Tick:
     def tick() -> float:
         ready = prepare()
         flush.sum()
@@ -136,21 +187,33 @@ def _replayed(entry: Entry, flush: torch.Tensor, pool: Any) -> Tick:
     return tick
 
 
-def _captured(entry: Entry, pool: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-    """The replays of both parts; what the first leaves in the pool is what the second reads."""
+def _warm(entry: Entry) -> None:
+    """Compiles, and lets libraries allocate what no capture may."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(WARM_ROUNDS):  # compiles, and lets libraries allocate what no capture may
+        for _ in range(WARM_ROUNDS):
             entry.run(entry.prepare())
     torch.cuda.current_stream().wait_stream(side)
+
+
+def _captured(entry: Entry, pool: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """The replays of both parts; what the first leaves in the pool is what the second reads."""
     first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(first, pool=pool):
-        torch.zeros(1, device="cuda")  # an empty graph cannot be replayed
-        ready = entry.prepare()
-    with torch.cuda.graph(second, pool=pool):
-        entry.run(ready)
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a broken capture would leave its own stream the current one
+        with torch.cuda.graph(first, pool=pool):
+            torch.zeros(1, device="cuda")  # an empty graph cannot be replayed
+            ready = entry.prepare()
+        with torch.cuda.graph(second, pool=pool):
+            entry.run(ready)
     return first.replay, lambda _: second.replay()
+
+
+def _after_a_broken_capture() -> Any:
+    """A pool for the next captures: a broken one keeps its own, and torch's generator until a whole one follows."""
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros(1, device="cuda")
+    return torch.cuda.graph_pool_handle()
 
 
 def synchronize(device: torch.device) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from benchmarks.clock import Entry, Raced, first_line, peak, race
 from benchmarks.layers import FLOOR, Build
 from benchmarks.machine import Machine
 from benchmarks.records import Record
@@ -30,10 +31,21 @@ class Bench:
 
 @dataclass
 class Found:
-    """Of one case: its records, and what the gate refused, a line each."""
+    """Of one case: its records; a line each, what was refused, and what a GPU timed without a CUDA graph."""
 
     records: list[Record] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    eager: list[str] = field(default_factory=list)
+
+    def refuse(self, case: str, impl: str, error: Exception) -> None:
+        """By name, whatever an implementation raised: that is the finding."""
+        self.refused.append(f"{case} {impl}: {first_line(error)}")
+
+    def take(self, case: str, raced: Raced) -> None:
+        """What a race says beside its times."""
+        self.refused += [f"{case} {impl}: {said}" for impl, said in raced.failed.items()]
+        timed = {key: why for key, why in raced.eager.items() if key[0] not in raced.failed}
+        self.eager += [f"{case} {impl} {which}: {why}" for (impl, which), why in timed.items()]
 
 
 @dataclass(frozen=True)
@@ -52,10 +64,37 @@ class Subject:
     G: int = 1
 
 
-def first_line(error: Exception) -> str:
-    """An error as one line: a refusal of the gate as it is, anything else with its type."""
-    text = (str(error).splitlines() or [""])[0]
-    return text if isinstance(error, AssertionError) else f"{type(error).__name__}: {text}"
+def timed(
+    subject: Subject,
+    sides: Mapping[str, Callable[[], Iterable[Entry]]],
+    bench: Bench,
+    found: Found,
+    errors: Mapping[str, float | None],
+    work: Callable[[str, str], Work | None] = lambda impl, which: None,
+) -> None:
+    """Race the entries that each implementation makes, a record each in `found`.
+
+    Whoever raises while it makes them, in the race or when weighed is refused by name.   work: of (impl, pass).
+    """
+    entries: list[Entry] = []
+    for impl, make in sides.items():
+        try:
+            entries += [*make()]
+        except Exception as error:
+            found.refuse(subject.case, impl, error)
+    raced = race(entries, bench.rounds, bench.machine.flush)
+    peaks = {}
+    for entry in entries:
+        if entry.impl not in raced.failed:
+            try:
+                peaks[entry.key] = peak(entry, bench.machine.device)
+            except Exception as error:
+                raced.failed[entry.impl] = first_line(error)
+    found.take(subject.case, raced)
+    for key, most in peaks.items():
+        if (impl := key[0]) not in raced.failed:
+            own = record(subject, key, raced.times, bench.machine, work=work(*key), peak=most, error=errors[impl])
+            found.records.append(own)
 
 
 def record(

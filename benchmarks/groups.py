@@ -216,15 +216,17 @@ class _RecomputedGate(torch.autograd.Function):
         (wg, ag, bg), (wu, au, bu), (wd, ad, bd) = _threes(factors)
         act = silu(gate)
         z = act * up
-        dz = (dy @ wd).addmm_(dy @ bd, ad, alpha=ctx.scale)
+        dhd = dy @ bd
+        dz = (dy @ wd).addmm_(dhd, ad, alpha=ctx.scale)
         dgate, dup = torch.ops.aten.silu_backward(dz * up, gate), dz * act
+        dhg, dhu = dgate @ bg, dup @ bu
         grads: list[Tensor | None] = []
-        for grad, inner, a, b in ((dgate, x, ag, bg), (dup, x, au, bu), (dy, z, ad, bd)):
-            da = torch.empty_like(a).addmm_((grad @ b).t(), inner, alpha=ctx.scale, beta=0)
+        for grad, dh, inner, a, b in ((dgate, dhg, x, ag, bg), (dup, dhu, x, au, bu), (dy, dhd, z, ad, bd)):
+            da = torch.empty_like(a).addmm_(dh.t(), inner, alpha=ctx.scale, beta=0)
             db = torch.empty_like(b).addmm_(grad.t(), inner @ a.t(), alpha=ctx.scale, beta=0)
             grads += [None, da, db]
-        dx = (dgate @ wg).addmm_(dgate @ bg, ag, alpha=ctx.scale)
-        dx.addmm_(dup, wu).addmm_(dup @ bu, au, alpha=ctx.scale)
+        dx = (dgate @ wg).addmm_(dhg, ag, alpha=ctx.scale)
+        dx.addmm_(dup, wu).addmm_(dhu, au, alpha=ctx.scale)
         return dx, None, *grads
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 import fastlora
 from benchmarks.baselines import lorafusion_style, peft_style, unsloth_style
+from benchmarks.clock import first_line
 from benchmarks.records import BadInput
 
 Call = Callable[[], Tensor]
@@ -124,7 +125,7 @@ IMPLS: dict[str, Build] = {
 def chosen(names: Iterable[str], plugins: Iterable[str]) -> dict[str, Build]:
     """The implementations by name, all where none is named, the floor always, and each plugin "module:function".
 
-    Raises BadInput for a name that there is not, and for a plugin that cannot be imported.
+    Raises BadInput for a name that there is not, and for a plugin that cannot be imported or called.
     """
     known = {**IMPLS, **{name: _plugin(name) for name in plugins}}
     wanted = [*names] or list(known)
@@ -138,6 +139,10 @@ def _plugin(name: str) -> Build:
     module, _, function = name.partition(":")
     try:
         build = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--plugin: got {name!r}, wanted module:function that can be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # a module's own code may raise anything
+        raise BadInput(
+            f"--plugin: got {name!r}, wanted module:function that can be imported ({first_line(error)})"
+        ) from error
+    if not callable(build):
+        raise BadInput(f"--plugin: got {name!r}, which is of type {type(build).__name__}, wanted a function")
     return build

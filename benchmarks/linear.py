@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.clock import Entry, peak, race
-from benchmarks.contest import Bench, Found, Subject, first_line, record
+from benchmarks.clock import Entry
+from benchmarks.contest import Bench, Found, Subject, timed
 from benchmarks.gate import Gate, Operands
 from benchmarks.layers import FLOOR, Build, Call
 from benchmarks.machine import Machine
 from benchmarks.shapes import DTYPES, Case
 from benchmarks.shapes import cases as cases_of
-from fastlora_kernels.traffic import Layer
+from fastlora_kernels.traffic import Layer, Work
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -31,16 +32,14 @@ def measure(case: Case, bench: Bench) -> Found:
     calls, errors = admitted(operands, case, bench, found)
     copies = _copies(operands, bench.machine)
     turns = itertools.cycle(range(len(copies)))
-    made = {impl: _layers(bench.impls[impl], impl, copies) for impl in calls}
-    entries = [e for impl, layers in made.items() for e in _entries(impl, layers, turns, case.passes)]
-    times = race(entries, bench.rounds, bench.machine.flush)
+    sides = {impl: partial(_entries, impl, bench.impls[impl], copies, turns, case.passes) for impl in calls}
     subject = Subject("linear", case.name, case.M, case.K, case.N, case.R, case.dtype, case.adapter_dtype, case.p)
     layer = Layer(case.M, case.K, case.N, case.R, main.itemsize, adapter.itemsize)
-    for entry in entries:
-        impl, which = key = entry.impl, entry.pass_
-        work = layer.frozen(which) if impl == FLOOR else layer.lora(which)
-        most = peak(entry, bench.machine.device)
-        found.records.append(record(subject, key, times, bench.machine, work=work, peak=most, error=errors[impl]))
+
+    def work(impl: str, which: str) -> Work:
+        return layer.frozen(which) if impl == FLOOR else layer.lora(which)
+
+    timed(subject, sides, bench, found, errors, work)
     return found
 
 
@@ -57,8 +56,8 @@ def admitted(operands: Operands, case: Case, bench: Bench, found: Found) -> tupl
             if call is not None:
                 errors[impl] = gate.error(impl, build, call)
                 calls[impl] = call
-        except Exception as error:  # whatever an implementation raises is the finding
-            found.refused.append(f"{case.name} {impl}: {first_line(error)}")
+        except Exception as error:
+            found.refuse(case.name, impl, error)
     return calls, errors
 
 
@@ -95,8 +94,11 @@ def _layers(build: Build, impl: str, copies: list[Operands]) -> list[_Layer]:
     return layers
 
 
-def _entries(impl: str, layers: list[_Layer], turns: Iterator[int], passes: tuple[str, ...]) -> Iterator[Entry]:
+def _entries(
+    impl: str, build: Build, copies: list[Operands], turns: Iterator[int], passes: tuple[str, ...]
+) -> Iterator[Entry]:
     """The passes of an implementation; every call, whoever's it is, takes the next copy."""
+    layers = _layers(build, impl, copies)
 
     def ready() -> _Layer:
         return layers[next(turns)]

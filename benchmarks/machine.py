@@ -18,19 +18,33 @@ from typing import Any
 
 import torch
 import triton
+from torch.nn.functional import linear
 
 import fastlora
-from benchmarks.clock import synchronize
 from benchmarks.records import BadInput
 from benchmarks.shapes import DTYPES
 
 ROOT = Path(__file__).parents[1]
+CPU_PRODUCTS = [(512, 1024, 1024), (512, 1024, 2048)]
+GPU_PRODUCTS = [(8192, 4096, 4096), (8192, 4096, 14336)]
+"""(M, K, N) of the matmuls whose best is the ceiling."""
+
+TURNS = {"cpu": 8, "cuda": 3}
+BURST = 0.03
+"""Seconds for which each of the ceilings' probes goes on in a turn."""
+
+QUEUED = 4
+"""Calls that a GPU is timed over at once: while one runs the next is launched."""
+
 PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reached when measured.   copy_gb_s: read and written, GB/s.   matmul_tflop_s: by dtype."""
+    """What the machine reached at best when measured.
+
+    copy_gb_s: bytes read and written, or read alone where that is faster, GB/s.   matmul_tflop_s: by dtype.
+    """
 
     copy_gb_s: float
     matmul_tflop_s: dict[str, float]
@@ -96,7 +110,10 @@ def find(kind: str | None, quick: bool) -> Machine:
 
 @contextmanager
 def pinned(threads: int | None) -> Iterator[None]:
-    """This many threads (as many as torch takes by itself where None), on as many cores; as before afterwards."""
+    """This many threads (as many as torch takes by itself where None) on as many cores; as before afterwards.
+
+    The process is held to those cores; which thread runs on which of them is the system's choice.
+    """
     if not hasattr(os, "sched_setaffinity"):
         raise BadInput(f"--device: cannot pin threads on {platform.system()}, wanted Linux")
     allowed, before = os.sched_getaffinity(0), torch.get_num_threads()
@@ -113,30 +130,57 @@ def pinned(threads: int | None) -> Iterator[None]:
 
 
 def _ceilings(device: torch.device, quick: bool) -> Ceilings:
-    """The best of many: a copy larger than every cache, and square matmuls."""
-    size = 2**22 if quick else (2**28 if device.type == "cpu" else 2**30)
-    side = 256 if quick else (1024 if device.type == "cpu" else 8192)
-    seconds = 0.01 if quick else 0.5
-    source = torch.ones(size // 4, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * size / _best(lambda: target.copy_(source), device, seconds)
-    rates = {}
-    for dtype in DTYPES if device.type == "cuda" else ("fp32", "bf16"):  # fp16 has no arithmetic on most CPUs
-        left, right = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(2))
-        rates[dtype] = 2 * side**3 / _best(partial(torch.mm, left, right), device, seconds) / 1e12
-    return Ceilings(copied / 1e9, rates)
+    """The best of many short bursts, all taken in turns, and after each a rest as long.
+
+    Of bytes a copy and a plain read, each larger than every cache; of FLOPs products of the cases' own sizes, with w
+    and with wᵀ, as forward and backward have them. One half-second of squares was no ceiling: an H200 that multiplied
+    8192³ without a rest stayed 6 % below what its cases, which rest in between, then reached; and a CPU that others use
+    too changes its speed (the frozen layer of one case ran 23 % faster than the same product in the case before).
+    """
+    cpu = device.type == "cpu"
+    size = 2**22 if quick else (2**28 if cpu else 2**30)
+    shapes = [(64, 64, 64)] if quick else (CPU_PRODUCTS if cpu else GPU_PRODUCTS)
+    source = torch.randn(size // 4, device=device)
+    probes: list[tuple[str, int, Callable[[], Any]]] = [
+        ("bytes", 2 * size, partial(torch.empty_like(source).copy_, source)),
+        ("bytes", size, source.sum),
+    ]
+    for dtype in ("fp32", "bf16") if cpu else DTYPES:  # fp16 has no arithmetic on most CPUs
+        for M, K, N in shapes:
+            x, w, dy = (torch.randn(*s, device=device).to(DTYPES[dtype]) for s in ((M, K), (N, K), (M, N)))
+            probes += [(dtype, 2 * M * K * N, partial(linear, x, w)), (dtype, 2 * M * K * N, partial(torch.mm, dy, w))]
+    rates = dict.fromkeys((what for what, _, _ in probes), 0.0)
+    slow: set[int] = set()
+    for _ in range(2 if quick else TURNS[device.type]):
+        for index, (what, amount, run) in enumerate(probes):
+            if index in slow:
+                continue
+            start = time.perf_counter()
+            rates[what] = max(rates[what], amount / _best(run, device, 0.0 if quick else BURST))
+            taken = time.perf_counter() - start
+            if taken > 20 * BURST:  # 16 bits on a CPU without them: one turn is all the time that they are worth
+                slow.add(index)
+            time.sleep(0.0 if quick else min(taken, BURST))
+    return Ceilings(rates.pop("bytes") / 1e9, {dtype: rate / 1e12 for dtype, rate in rates.items()})
 
 
 def _best(run: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest run among as many as fit, after one that warms up."""
-    times = []
-    while len(times) < 4 or sum(times) < seconds:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """Seconds of the fastest call among as many as fit, one at the least; a GPU's by its own clock."""
+    times: list[float] = []
+    while not times or sum(times) < seconds:
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(QUEUED):
+                run()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop) * 1e-3 / QUEUED)
+        else:
+            before = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - before)
+    return min(times)
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -78,7 +78,10 @@ def expanded(names: Sequence[str]) -> list[str]:
 def cases(set_name: str, shapes: Sequence[str] = ()) -> list[Case]:
     """The cases of a set, the most telling first; over `shapes` instead of the set's own where any are given."""
     make = {"tiny": _tiny, "cpu": _cpu, "gpu": _gpu}[set_name]
-    return list(dict.fromkeys(make(expanded(shapes))))
+    found: dict[str, Case] = {}
+    for case in make(expanded(shapes)):
+        found.setdefault(case.name, case)
+    return list(found.values())
 
 
 def _tiny(shapes: list[str]) -> Iterator[Case]:
@@ -98,18 +101,30 @@ def _cpu(shapes: list[str]) -> Iterator[Case]:
 
 
 def _gpu(shapes: list[str]) -> Iterator[Case]:
-    """A star around a centre, after the shapes that the targets are about; equal sizes under two names count once."""
+    """What the targets are about first, for a budget may end anywhere; equal sizes under two names count once.
+
+    A star around the first shape with adapters in bf16, its rays short; then the same with adapters in fp32, its rays
+    long. PEFT is compiled for the first two cases alone: that takes longer than all else there.
+    """
     wanted = shapes or [name for name in SHAPES if name != "tiny"]
     sizes: dict[tuple[int, int], str] = {}
     for name in wanted:
         sizes.setdefault(SHAPES[name], name)
     names = list(sizes.values())
-    centre = Case(names[0], 8192, 16, "bf16", "fp32", 0.0, compiled=True)
-    for p in (0.0, 0.1):
-        yield from (replace(centre, shape=name, p=p) for name in names if name.startswith(names[0].split(".")[0]))
-    yield from (replace(centre, adapter_dtype="bf16", p=p) for p in (0.0, 0.1))
-    for M in (1, 16, 128, 512, 2048, 16384):
-        yield replace(centre, M=M, passes=centre.passes if M >= 128 else ("forward",), compiled=False)
-    yield from (replace(centre, R=R, compiled=False) for R in (4, 8, 32, 64, 128, 256))
-    yield from (replace(centre, dtype=d, adapter_dtype=d, compiled=False) for d in ("fp16", "fp32"))
-    yield from (replace(centre, shape=name, compiled=name.startswith(names[0].split(".")[0])) for name in names)
+    siblings = [name for name in names if name.startswith(names[0].split(".")[0])]
+    centre = Case(names[0], 8192, 16, "bf16", "bf16", 0.0)
+    yield from (replace(centre, p=p, compiled=True) for p in (0.0, 0.1))
+    yield from (replace(centre, shape=name, p=p) for name in siblings for p in (0.0, 0.1))
+    yield from (_of_rows(centre, M) for M in (1, 512, 2048))
+    yield replace(centre, R=64)
+    centre = replace(centre, adapter_dtype="fp32")
+    yield from (replace(centre, shape=name, p=p) for name in siblings for p in (0.0, 0.1))
+    yield from (_of_rows(centre, M) for M in (1, 16, 128, 512, 2048, 16384))
+    yield from (replace(centre, R=R) for R in (4, 8, 32, 64, 128, 256))
+    yield from (replace(centre, dtype=d, adapter_dtype=d) for d in ("fp16", "fp32"))
+    yield from (replace(centre, shape=name) for name in names)
+
+
+def _of_rows(case: Case, M: int) -> Case:
+    """Of few rows, as a decoder has them, only the forward."""
+    return replace(case, M=M, passes=case.passes if M >= 128 else ("forward",))

@@ -59,6 +59,8 @@ def test_the_tiny_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
                 assert r.ratio_to_frozen == 1
         assert {layers.FLOOR, "peft", "fastlora"} <= {r.impl for r in found.records}
         assert found.stamp["refused"] == []
+    blocks = records.read(tmp_path / "block.json")
+    assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in blocks.records)
     linears = records.read(tmp_path / "linear.json")
     assert {r.pass_ for r in linears.records} == {"forward", "backward", "both"}
     assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in linears.records)
@@ -246,7 +248,7 @@ def test_the_sets() -> None:
 def test_a_race_is_interleaved_and_its_order_changes() -> None:
     seen: list[str] = []
     entries = [Entry(name, "both", run=lambda _, name=name: seen.append(name)) for name in "abc"]
-    times = clock.race(entries, rounds=4, flush=torch.ones(8))
+    times = clock.race(entries, rounds=4, flush=torch.ones(8)).times
     assert {key: len(ms) for key, ms in times.items()} == {(name, "both"): 40 for name in "abc"}, "short: ten times 4"
     turns = ["".join(seen[i : i + 3]) for i in range(0, len(seen), 3)]
     assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 3
@@ -268,7 +270,7 @@ def test_rounds_end_when_they_have_taken_long_enough(
     clocks = SimpleNamespace(perf_counter=lambda: now[0], perf_counter_ns=lambda: int(now[0] * 1e9))
     monkeypatch.setattr(clock, "time", clocks)
     monkeypatch.setattr(clock, "SETTLED", seconds)
-    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=asked, flush=torch.ones(8)).values()
+    (ms,) = clock.race([Entry("one", "forward", run=run)], rounds=asked, flush=torch.ones(8)).times.values()
     assert len(ms) == rounds
 
 
@@ -276,7 +278,7 @@ def test_only_run_is_timed_and_its_peak_is_its_own() -> None:
     entry = Entry("one", "forward", run=lambda x: x + 1, prepare=lambda: torch.ones(2**18))
     assert clock.peak(entry, torch.device("cpu")) == pytest.approx(1, rel=0.01)
     slow = replace(entry, run=lambda _: None, prepare=lambda: torch.randn(2**22))
-    (ms,) = clock.race([slow], rounds=1, flush=torch.ones(8)).values()
+    (ms,) = clock.race([slow], rounds=1, flush=torch.ones(8)).times.values()
     assert ms[0] < 1
 
 
@@ -315,3 +317,4 @@ def test_many_adapters_pass_the_gate_and_are_timed(tmp_path: Path) -> None:
     found = records.read(tmp_path / "multi.json").records
     assert {r.impl for r in found} == {"frozen", "peft", "vllm-style", "fastlora"} and {r.G for r in found} == {3}
     assert all(r.rel_error is not None and r.rel_error < 1e-5 for r in found if r.impl != "frozen")
+    assert all(r.roof_fraction for r in found)

@@ -1,0 +1,125 @@
+"""Every suite's gate: whoever is wrong is refused and not timed, and the floor's own error is measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from benchmarks import block, groups, multi, records, step
+from benchmarks.__main__ import main
+from benchmarks.layers import FLOOR
+from benchmarks.records import Results
+
+QUICK = ["--device", "cpu", "--set", "tiny", "--rounds", "2", "--threads", "1", "--impl", "fastlora"]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race that ends with its rounds."""
+    monkeypatch.setattr("benchmarks.clock.SETTLED", 0.0)
+
+
+def results(suite: str, out: Path, code: int) -> Results:
+    assert main([suite, *QUICK, "--out", str(out)]) == code
+    return records.read(out / f"{suite}.json")
+
+
+def refuses(suite: str, out: Path) -> list[str]:
+    """What the suite refuses; nothing but the floor is timed."""
+    found = results(suite, out, 1)
+    assert {r.impl for r in found.records} == {FLOOR}
+    return found.stamp["refused"]
+
+
+def one_percent_off(made: Any) -> Any:
+    """A block's implementation whose updates are one percent too large."""
+    return lambda t, p: made(replace(t, scale=t.scale * 1.01), p)
+
+
+def test_block_refuses_a_wrong_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(groups.IMPLS, "fastlora", one_percent_off(groups.ours))
+    refused = refuses("block", tmp_path)
+    assert len(refused) == 2 and all(" fastlora: " in line and ": error " in line for line in refused)
+
+
+def test_blocks_floor_is_measured_and_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = [r for r in results("block", tmp_path, 0).records if r.impl == FLOOR]
+    assert floors and all(r.rel_error and 1e-9 < r.rel_error < 1e-5 for r in floors), "roundings, never none"
+    monkeypatch.setitem(
+        groups.IMPLS, FLOOR, lambda t, p: lambda: t.through(lambda i, x: torch.nn.functional.linear(x, t.ws[i] * 1.01))
+    )
+    found = results("block", tmp_path, 1)
+    assert {r.impl for r in found.records} == {"fastlora"}
+    assert [" frozen: " in line for line in found.stamp["refused"]] == [True, True]
+
+
+def test_step_refuses_a_wrong_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = step.SIDES["fastlora"]
+
+    def wrong(model: PeftModel) -> None:
+        patched(model)
+        for name, layer in model.named_modules():
+            if name.endswith("q_proj"):
+                layer.scaling["default"] = 2.02
+
+    monkeypatch.setitem(step.SIDES, "fastlora", wrong)
+    refused = refuses("step", tmp_path)
+    assert len(refused) == 2 and all(" fastlora: " in line and "error" in line for line in refused)
+
+
+def test_multi_refuses_a_wrong_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = multi._bank
+
+    def wrong(model: Any, states: Any, case: Any) -> Any:
+        run = bank(model, states, case)
+        return lambda tokens: run(tokens) * 1.01
+
+    monkeypatch.setattr(multi, "_bank", wrong)
+    (refused,) = refuses("multi", tmp_path)
+    assert " fastlora: logits: error " in refused
+
+
+def test_a_side_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(multi, "_bank", broken)
+    monkeypatch.setitem(step.SIDES, "fastlora", broken)
+    monkeypatch.setitem(groups.IMPLS, "fastlora", broken)
+    for suite in ("block", "step", "multi"):
+        assert all(line.endswith(" fastlora: RuntimeError: no such layer") for line in refuses(suite, tmp_path))
+
+
+def test_the_roof_of_a_block_is_over_its_layers_and_what_is_between() -> None:
+    """The floor's FLOPs are its products'; an MLP's bytes are three layers' and the activation's."""
+    qkv = block.Case("tiny", "qkv", 5, 8, "fp32", "fp32", 0.0)
+    mlp = replace(qkv, kind="mlp")
+    product = 2 * 5 * 48 * 64
+    for case in (qkv, mlp):
+        assert block.work(case, FLOOR, "forward").flops == 3 * product
+        assert block.work(case, FLOOR, "both").flops == 6 * product
+        update = 2 * 5 * 8 * (48 + 64)
+        assert block.work(case, "fastlora", "forward").flops == 3 * (product + update)
+        assert block.work(case, "fastlora", "both").flops == 3 * (2 * product + 3 * update)
+    layer = (5 * 48 + 48 * 64 + 5 * 64) * 4
+    assert block.work(mlp, FLOOR, "forward").bytes == 3 * layer + 3 * 5 * 64 * 4
+
+
+def test_the_roof_of_a_batch_counts_the_adapters_that_it_has() -> None:
+    size = multi.Size(32, 48, 2, 4, 2, 64, requests=4, prefill=3)
+    alone = multi.Case(size, "fp32", 1, 1, (4,), spread="identical")
+    weights = (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48) * 2 + 32 * 64
+    factors = 4 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 48)) * 2
+    assert multi.work(alone, FLOOR).flops == 2 * 4 * weights
+    assert multi.work(alone, "fastlora").flops == 2 * 4 * (weights + factors)
+    none = multi.Case(size, "fp32", 1, 1, (4,), spread="identical", base=1)
+    assert multi.work(none, "fastlora").flops == multi.work(none, FLOOR).flops
+    many = replace(alone, adapters=4, spread="distinct")
+    assert multi.work(many, "fastlora").flops == multi.work(alone, "fastlora").flops
+    more = multi.work(many, "fastlora").bytes - multi.work(alone, "fastlora").bytes
+    assert more == 3 * factors * 4, "three more adapters are read"
