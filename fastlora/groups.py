@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -63,7 +64,8 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
 
     It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
     ones would convert their weights, and some variants count their calls. What a module keeps for later (a mask, a
-    cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states.
+    cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states;
+    what it writes into a tensor goes into a copy. What it does to classes and globals is not undone.
     """
     names = {id(layer): name for name, layer in layers.items()}
 
@@ -92,12 +94,15 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     before: dict[int, tuple[Any, Any]] = {}
     for module in model.modules():
         _note(vars(module), before, _NESTED)
-    random_state = random.getstate()
+    random_state, numpy = random.getstate(), sys.modules.get("numpy")  # which torch does without
+    numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices=()):
             yield lambda: any(_ids(container) != _ids(content) for container, content in before.values())
     finally:
         random.setstate(random_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
         for container, content in before.values():
             if _ids(container) != _ids(content):
                 container.clear()
@@ -122,7 +127,9 @@ def _note(container: Any, noted: dict[int, tuple[Any, Any]], depth: int) -> None
             if type(value) in _CONTAINERS:
                 _note(value, noted, depth - 1)
             elif type(value).__dictoffset__ and not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
-                _note(vars(value), noted, depth - 1)
+                attributes = value.__dict__
+                if type(attributes) is dict:  # a proxy may give anything
+                    _note(attributes, noted, depth - 1)
 
 
 class Unwritten(TorchDispatchMode):

@@ -6,6 +6,7 @@ import copy
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from grouping import STRUCTURES, K, Three, found, group_calls, nothing_left, outcome, wrap
@@ -142,6 +143,7 @@ def test_patch_leaves_the_model_as_it_was() -> None:
                 self.register_buffer("mask", torch.ones(K))
                 self.seen.append(x)
             random.random()
+            np.random.rand()
             return torch.dropout(x, 0.5, True) * self.kept
 
     model = Model()
@@ -152,8 +154,10 @@ def test_patch_leaves_the_model_as_it_was() -> None:
     model.base_model.model.this.register_forward_hook(lambda *_: called.append(1))
     model.base_model.model.that.lora_A.default.weight.grad = torch.ones(4, K)
     modules, before = list(model.modules()), [copy.copy(vars(module)) for module in model.modules()]
-    states = torch.get_rng_state(), random.getstate()
+    states, drawn = (torch.get_rng_state(), random.getstate()), np.random.RandomState()
+    drawn.set_state(np.random.get_state())
     assert found(model) == {"that other"}
+    assert np.random.rand() == drawn.rand()
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert not called and not model.base_model.model.seen and model.base_model.model.kept is None
     assert model.base_model.model.that.lora_A.default.weight.grad.eq(1).all()
