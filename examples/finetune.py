@@ -10,13 +10,14 @@ time and memory of a step), and that the saved adapter loads in plain PEFT and m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from dialogues import Example, dialogues, read
 from judge import MEASURES, Judge
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from surroundings import surroundings
 from tinybase import Size, make
 from training import Collate, row, train
@@ -59,6 +61,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.lr = args.lr or (2e-4 if args.model else 4e-3)
     args.held_out = args.held_out or (8 if args.quick else 64)
     return args
+
+
+@contextlib.contextmanager
+def given(what: str) -> Iterator[None]:
+    """What a person gave and cannot be used ends the run with one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        print(f"error: {what}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def load(args: argparse.Namespace) -> tuple[list[Example], list[Example]]:
@@ -120,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     scratch, adapter = args.out / "trainer", args.out / "adapter"
     report: dict[str, Any] = {"arguments": {key: str(value) for key, value in vars(args).items()}}
     report |= surroundings(device)
-    training, held = load(args)
+    with given("--data"):
+        training, held = load(args)
 
     path = args.model or str(args.out / "base")
     print(f"1. The base, {args.model or 'a small Llama'}; {len(training)} dialogues to train on, {len(held)} held out")
@@ -132,7 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             path, training, size, steps=args.base_steps, limit=args.max_length, seed=args.seed, scratch=scratch
         )
         show_losses(report["pretraining"])
-    tokenizer = AutoTokenizer.from_pretrained(path)
+
+    def open_base() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
+
+    with given(f"--model {path}"):
+        tokenizer, base = AutoTokenizer.from_pretrained(path), open_base()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows, held_rows = (
         [row(tokenizer, [(example.prompt, False), (f" {example.summary}", True)], args.max_length) for example in part]
@@ -149,10 +167,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     rounds = 3 if args.quick else 20
 
-    def open_base() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device)
-
-    base = open_base()
     report["before"] = judge.score(base, judge.write(base))
 
     print("2. PEFT's layers beside fastlora's, p = 0: the same adapter, the same batches", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,22 +16,30 @@ from fastlora.reference import ACTIVATIONS, Projection
 
 _PLAIN = {Tensor, nn.Parameter}
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+_REAL: tuple[Any, ...] = (int, float, Real)
+"""NumPy's numbers too; the builtin ones first, for the abstract class takes longer to ask."""
+_OPTIONAL = {"bias", "lora_bias"}
 
 
 def _tensors(**named: Tensor | None) -> None:
-    """Every argument is a floating tensor, all on one device."""
+    """Every argument is a floating tensor, all on one device; of them only a bias may be None."""
     first: tuple[str, torch.device] | None = None
     for name, t in named.items():
-        if t is None:
+        if t is None and name in _OPTIONAL:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: got dtype {t.dtype}, wanted a floating dtype (bf16, fp16, fp32, fp64)")
+        if t.dtype not in _FLOATS:
+            check_dtype(name, t.dtype)
         if first is None:
             first = name, t.device
         elif t.device != first[1]:
             raise ValueError(f"{name}: got device {t.device}, wanted {first[1]}, where {first[0]} is")
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
+        raise TypeError(f"{name}: got dtype {dtype}, wanted a floating dtype (bf16, fp16, fp32, fp64)")
 
 
 def _shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -> None:
@@ -37,19 +47,58 @@ def _shape(name: str, t: Tensor | None, wanted: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {wanted}: {meaning}")
 
 
+def check_finite(name: str, value: Any) -> float:
+    """The value as a float.   Raises TypeError, ValueError unless it is a finite number, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got a whole number that no float holds, wanted a finite number") from None
+    if not abs(number) < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite
+        raise ValueError(f"{name}: got {value}, wanted a finite number")
+    return number
+
+
+def check_probability(name: str, value: Any) -> float:
+    """The value as a float.   Raises TypeError, ValueError unless it is a number in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise TypeError(f"{name}: got {type(value).__name__}, wanted a number in [0, 1)")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: got {value}, wanted a probability in [0, 1)")
+    return float(value)
+
+
+def check_whole(name: str, value: Any, least: int) -> int:
+    """The value as an int.   Raises ValueError unless it is a whole number ≥ least, NumPy's too."""
+    try:
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name}: got {value!r}, wanted a whole number ≥ {least}")
+    return number
+
+
 def check_numbers(scaling: float | Tensor, dropout_p: float) -> None:
     """scaling: a finite number or a 0-d tensor (whose value is not read: that would sync).   dropout_p: in [0, 1)."""
     if isinstance(scaling, Tensor):
-        if scaling.numel() != 1:
+        if scaling.numel() != 1 or scaling.dim() > 1:
             raise ValueError(f"scaling: got a tensor of shape {tuple(scaling.shape)}, wanted a number or a 0-d tensor")
-    elif isinstance(scaling, bool) or not isinstance(scaling, (int, float)):
-        raise TypeError(f"scaling: got {type(scaling).__name__}, wanted a number or a 0-d tensor")
-    elif not abs(scaling) < math.inf:  # NaN fails too; torch.compile cannot trace math.isfinite
-        raise ValueError(f"scaling: got {scaling}, wanted a finite number")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p: got {type(dropout_p).__name__}, wanted a number in [0, 1)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: got {dropout_p}, wanted a probability in [0, 1)")
+        if scaling.dtype == torch.bool or scaling.is_complex():
+            raise TypeError(
+                f"scaling: got a tensor of dtype {scaling.dtype}, wanted a real number or a 0-d tensor of one"
+            )
+    elif type(scaling) is not float or not -math.inf < scaling < math.inf:
+        check_finite("scaling", scaling)
+    if type(dropout_p) is not float or not 0 <= dropout_p < 1:
+        check_probability("dropout_p", dropout_p)
+
+
+def _scaling_here(scaling: float | Tensor, x: Tensor) -> None:
+    """A scaling in a tensor is where x is, or 0-d on the host, as torch takes it everywhere."""
+    if isinstance(scaling, Tensor) and scaling.device != x.device and (scaling.dim() or not scaling.is_cpu):
+        raise ValueError(f"scaling: got device {scaling.device}, wanted {x.device}, where x is")
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -79,6 +128,13 @@ def _adapter(K: int, N: int, lora_A: Tensor, lora_B: Tensor, lora_bias: Tensor |
     _shape("lora_A", lora_A, (R, K), "[R, K], K the last dimension of x")
     _shape("lora_B", lora_B, (N, R), "[N, R], R the first dimension of lora_A and N the layer's out features")
     _shape("lora_bias", lora_bias, (N,), "[N], N the layer's out features")
+
+
+def _dims(x: Tensor, weight: Tensor) -> None:
+    if x.dim() == 0:
+        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [N, K]")
 
 
 def check_linear(
@@ -121,10 +177,8 @@ def check_linear(
             return _autocast_dtype(x)
     check_numbers(scaling, dropout_p)
     _tensors(x=x, weight=weight, bias=bias, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
-    if x.dim() == 0:
-        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, wanted [N, K]")
+    _scaling_here(scaling, x)
+    _dims(x, weight)
     N, K = weight.shape
     if x.shape[-1] != K:
         raise ValueError(f"x: got shape {tuple(x.shape)}, wanted [..., {K}]: weight is [N, K] = {tuple(weight.shape)}")
@@ -134,6 +188,16 @@ def check_linear(
     _shape("bias", bias, (N,), "[N], N the first dimension of weight")
     _adapter(K, N, lora_A, lora_B, lora_bias)
     return autocast
+
+
+def _lengths(lists: dict[str, Any], of: str, count: int) -> None:
+    for name, entries in lists.items():
+        try:
+            length = len(entries)
+        except TypeError:
+            raise TypeError(f"{name}: got {type(entries).__name__}, wanted a list, an entry for each of {of}") from None
+        if length != count:
+            raise ValueError(f"{name}: got {length} entries, wanted {count}, one for each of {of}")
 
 
 def check_group(
@@ -148,9 +212,7 @@ def check_group(
 ) -> torch.dtype | None:
     """As `check_linear` for every member, those without lora_A and lora_B being plain layers; lists of one length."""
     lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
-    for name, entries in {**lists, "dropout_p": ps, "lora_biases": lora_biases}.items():
-        if len(entries) != len(weights):
-            raise ValueError(f"{name}: got {len(entries)} entries, wanted {len(weights)}, one for each of weights")
+    _lengths({**lists, "dropout_p": ps, "lora_biases": lora_biases}, "weights", len(weights))
     if not weights:
         raise ValueError("weights: got an empty list, wanted one [N, K] for each member")
     autocast: torch.dtype | None = None
@@ -160,16 +222,26 @@ def check_group(
             if (a is None) != (b is None):
                 raise ValueError("lora_A and lora_B: got one of them, wanted both, or neither for a plain layer")
             if a is None or b is None:  # a plain layer: any factors that fit
-                a, b, scaling, p, lora_bias = x.new_empty(1, x.shape[-1]), x.new_empty(len(weight), 1), 1.0, 0.0, None
+                a, b = _any_factors(x, weight)
+                scaling, p, lora_bias = 1.0, 0.0, None
             autocast = check_linear(x, weight, bias, a, b, scaling, p, lora_bias)
         except (TypeError, ValueError) as error:
             raise type(error)(f"member {i}: {error}") from None
     return autocast
 
 
+def _any_factors(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return x.new_empty(1, x.shape[-1]), x.new_empty(len(weight), 1)
+    except (AttributeError, TypeError, IndexError):
+        _tensors(x=x, weight=weight)
+        _dims(x, weight)
+        raise
+
+
 def check_gated(x: Tensor, gate: Any, up: Any, down: Any, activation: str) -> torch.dtype | None:
     """As `check_linear` for the layers of a gated MLP, each a `Projection`: gate and up of x, down of their outputs."""
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, wanted one of {tuple(ACTIVATIONS)}")
     read = x
     for name, layer in (("gate", gate), ("up", up), ("down", down)):
@@ -201,6 +273,7 @@ def check_update(
     """As `check_linear`, with a base output y: [..., N] in the place of weight and bias."""
     check_numbers(scaling, dropout_p)
     _tensors(y=y, x=x, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    _scaling_here(scaling, x)
     if x.dim() == 0:
         raise ValueError("x: got a 0-d tensor, wanted [..., K]")
     _shape("y", y, (*x.shape[:-1], y.shape[-1] if y.dim() else 0), "[..., N] with the leading dimensions of x")
@@ -226,10 +299,9 @@ def check_jobs(
     update: weight is a base output, as in `check_update`.
     """
     count, shared = len(lora_As), isinstance(dropout_p, (int, float))
-    lists: dict[str, Any] = {"lora_Bs": lora_Bs, "scalings": scalings, "lora_biases": lora_biases, "salts": salts}
-    for name, entries in (lists | ({} if shared else {"dropout_p": dropout_p})).items():
-        if entries is not None and len(entries) != count:
-            raise ValueError(f"{name}: got {len(entries)} entries, wanted {count}, one for each of lora_As")
+    optional = {"lora_biases": lora_biases, "salts": salts}
+    lists = {"lora_Bs": lora_Bs, "scalings": scalings, **{name: t for name, t in optional.items() if t is not None}}
+    _lengths(lists | ({} if shared else {"dropout_p": dropout_p}), "lora_As", count)
     if count == 0:
         raise ValueError("lora_As: got an empty list, wanted one [R, K] for each job")
     for name, t in (("x", x), ("weight", weight), ("lora_As", lora_As[0]), ("lora_Bs", lora_Bs[0])):

@@ -6,16 +6,23 @@ import contextlib
 import inspect
 import logging
 import random
-from collections import Counter, OrderedDict
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 log = logging.getLogger("fastlora")
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
+_NESTED = 2
+"""How deep below a module's own dict a forward's side effects are looked for: further down lies the world."""
 
 
 def siblings(
@@ -57,7 +64,8 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
 
     It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
     ones would convert their weights, and some variants count their calls. What a module keeps for later (a mask, a
-    cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states.
+    cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states;
+    what it writes into a tensor goes into a copy. What it does to classes and globals is not undone.
     """
     names = {id(layer): name for name, layer in layers.items()}
 
@@ -81,18 +89,24 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
 def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
     """Inside, code of the model's may keep what it likes; on the way out attributes and random states are as they were.
 
-    Gives a function: whether anything has been kept so far.
+    Gives a function: whether anything has been kept so far.   What is written into a tensor is `Unwritten`'s.
     """
-    before, random_state = [(vars(module), _contents(vars(module))) for module in model.modules()], random.getstate()
-    containers = [pair for attributes, (own, *others) in before for pair in ((attributes, own), *others)]
+    before: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        _note(vars(module), before, _NESTED)
+    random_state, numpy = random.getstate(), sys.modules.get("numpy")  # which torch does without
+    numpy_state = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng(devices=()):
-            yield lambda: any(_ids(container) != _ids(content) for container, content in containers)
+            yield lambda: any(_ids(container) != _ids(content) for container, content in before.values())
     finally:
         random.setstate(random_state)
-        for container, content in containers:
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(content)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+        for container, content in before.values():
+            if _ids(container) != _ids(content):
+                container.clear()
+                (container.extend if isinstance(container, (list, deque)) else container.update)(content)
 
 
 def _ids(container: Any) -> list[Any]:
@@ -102,10 +116,82 @@ def _ids(container: Any) -> list[Any]:
     )
 
 
-def _contents(attributes: dict[str, Any]) -> list[Any]:
-    """A copy of a module's attributes, then (container, a copy of what is in it) for each that is one."""
-    kept = [value for value in attributes.values() if type(value) in (dict, OrderedDict, list, set)]
-    return [dict(attributes), *((value, value.copy()) for value in kept)]
+def _note(container: Any, noted: dict[int, tuple[Any, Any]], depth: int) -> None:
+    """Add (container, a copy of what is in it), and those of the containers and the plain objects in it."""
+    if id(container) in noted:
+        return
+    content = container.copy()
+    noted[id(container)] = container, content
+    if depth:
+        for value in content.values() if isinstance(content, dict) else content:
+            if type(value) in _CONTAINERS:
+                _note(value, noted, depth - 1)
+            elif type(value).__dictoffset__ and not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
+                attributes = value.__dict__
+                if type(attributes) is dict:  # a proxy may give anything
+                    _note(attributes, noted, depth - 1)
+
+
+class Unwritten(TorchDispatchMode):
+    """Inside, an op that would write into a tensor made before writes into a copy: values and versions stay.
+
+    reads, writes: whether an op has looked at such a tensor, and whether one would have changed it.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = self.writes = False
+        self._made: set[int] = set()
+        self._versions: dict[int, tuple[Tensor, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outside = [t for t in tree_leaves((args, kwargs)) if self._outside(t)]
+        self.reads = self.reads or bool(outside)
+        for t in outside:  # whatever is written into it or a view of it: its version rises after the op has returned
+            if not t.is_inference():
+                self._versions.setdefault(id(t), (t, t._version))
+        schema = getattr(func, "_schema", None)  # a higher-order op has none
+        if schema is not None and schema.is_mutable:
+            written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+            named = zip([a.name for a in schema.arguments], args, strict=False)
+            args = [self._copied(value) if name in written else value for name, value in named]
+            kwargs = {name: self._copied(value) if name in written else value for name, value in kwargs.items()}
+        out = func(*args, **kwargs)
+        self._made.update(
+            {_storage(t) for t in tree_leaves(out) if isinstance(t, Tensor)} - set(map(_storage, outside))
+        )
+        return out
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._versions:  # the first seen last: views share one counter
+            tensors, versions = zip(*reversed(self._versions.values()), strict=True)
+            torch._C._autograd._unsafe_set_version_counter(tensors, versions)
+
+    def _outside(self, t: Any) -> bool:
+        return isinstance(t, Tensor) and not isinstance(t, FakeTensor) and _storage(t) not in self._made
+
+    def _copied(self, value: Any) -> Any:
+        return tree_map_only(Tensor, self._copy, value)
+
+    def _copy(self, t: Tensor) -> Tensor:
+        if not self._outside(t):
+            return t
+        self.writes = True
+        copy = t.clone()
+        self._made.add(_storage(copy))
+        return copy
+
+
+def _storage(t: Tensor) -> int:
+    """What tells tensors that share memory."""
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse one has none
+        return id(t)
 
 
 def _linear(module: nn.Module) -> bool:
@@ -124,6 +210,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
         with (
             torch.no_grad(),
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
+            Unwritten(),  # arithmetic of a buffer and a number runs on the buffer itself, and so do versions
             torch.compiler.set_stance("force_eager"),
         ):
             # of a tensor with storage, a change in place would not be seen; ids keep theirs: models look at them

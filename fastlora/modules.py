@@ -7,16 +7,55 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora import dispatch
-from fastlora.checks import check_numbers
+from fastlora.checks import check_dtype, check_finite, check_probability, check_whole
 from fastlora.functional import lora_linear
+
+_PLAIN = (Tensor, nn.Parameter, FakeTensor)
 
 
 def own(module: Any, name: str) -> Any:
     """module.name, by way of its parameters: nn.Module's own lookup costs 0.4 µs."""
     parameters = module._parameters
     return parameters[name] if name in parameters else getattr(module, name)
+
+
+def _check_plain(linear: Any) -> None:
+    """Raise TypeError, ValueError, with what to use instead, unless the layer is x·weightᵀ + bias of plain tensors."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: got {type(linear).__name__}, wanted a torch.nn.Linear")
+    weight = linear.weight
+    if type(weight) not in _PLAIN:
+        raise TypeError(
+            f"linear: got a {type(linear).__name__} whose weight is a {type(weight).__name__}, wanted a plain tensor; "
+            "for a quantised base use PEFT's LoRA and fastlora.patch"
+        )
+    check_dtype("linear: weight", weight.dtype)
+    kind = type(linear).__name__
+    if is_parametrized(linear):
+        raise ValueError(
+            f"linear: got a {kind} with parametrizations, wanted none; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes it plain"
+        )
+    if (
+        linear._forward_hooks
+        or linear._forward_pre_hooks
+        or linear._backward_hooks
+        or linear._backward_pre_hooks
+        or "forward" in vars(linear)
+    ):
+        raise ValueError(
+            f"linear: got a {kind} with hooks or a forward of its own, wanted none, for they would not run; "
+            "remove them, and register hooks on the LoRALinear"
+        )
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"linear: got a {kind}, which has a forward of its own, wanted a torch.nn.Linear's; "
+            "use PEFT's LoRA, or torch.nn.Linear"
+        )
 
 
 class LoRALinear(nn.Module):
@@ -49,6 +88,10 @@ class LoRALinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features = check_whole("in_features", in_features, 0)
+        out_features = check_whole("out_features", out_features, 0)
+        if dtype is not None:
+            check_dtype("dtype", dtype)
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._attach(base, r, lora_alpha, lora_dropout, use_rslora, lora_bias)
 
@@ -61,9 +104,12 @@ class LoRALinear(nn.Module):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> LoRALinear:
-        """A LoRALinear over an existing layer: it shares linear's weight and bias, copies nothing, and freezes them."""
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: got {type(linear).__name__}, wanted a torch.nn.Linear")
+        """A LoRALinear over an existing layer: it shares linear's weight and bias, copies nothing, and freezes them.
+
+        Raises TypeError, ValueError for a layer that computes more than x·weightᵀ + bias, or whose weight is no plain
+        floating tensor.
+        """
+        _check_plain(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._attach(linear, r, lora_alpha, lora_dropout, use_rslora, lora_bias=False)
@@ -72,20 +118,18 @@ class LoRALinear(nn.Module):
     def _attach(
         self, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, lora_bias: bool
     ) -> None:
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: got {r!r}, wanted a whole number ≥ 1")
+        self.r, self.lora_alpha = check_whole("r", r, 1), lora_alpha
+        self.lora_dropout = check_probability("lora_dropout", lora_dropout)
+        self.scaling = check_finite("lora_alpha", lora_alpha) / (math.sqrt(self.r) if use_rslora else self.r)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        check_numbers(self.scaling, lora_dropout)
         base.requires_grad_(False)
         self.weight = base.weight  # type: ignore[assignment]  # torch declares it a Tensor
         self.bias = base.bias
         adapter: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         if self.weight.dtype in (torch.bfloat16, torch.float16):
             adapter["dtype"] = torch.float32
-        self.lora_A = nn.Linear(self.in_features, r, bias=False, **adapter)
-        self.lora_B = nn.Linear(r, self.out_features, bias=lora_bias, **adapter)
+        self.lora_A = nn.Linear(self.in_features, self.r, bias=False, **adapter)
+        self.lora_B = nn.Linear(self.r, self.out_features, bias=lora_bias, **adapter)
         self.reset_lora_parameters()
         self._frozen: tuple[nn.Parameter, nn.Parameter | None] | None = None  # the base while merged
 

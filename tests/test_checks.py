@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tolerance import assert_same
 
-from fastlora.functional import lora_linear, lora_update
+from fastlora.functional import Projection, lora_gated_mlp, lora_linear, lora_linear_group, lora_update
+
+FP8 = torch.float8_e4m3fn
 
 
 def layer() -> dict[str, Any]:
@@ -27,6 +31,14 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"x": torch.ones(2, 8, dtype=torch.int64)}, TypeError, "x: got dtype torch.int64, wanted a floating dtype"),
     ({"x": [1.0]}, TypeError, "x: got list, wanted a torch.Tensor"),
     ({"x": torch.randn(2, 8).double()}, TypeError, "x: got dtype torch.float64, wanted weight's torch.float32"),
+    ({"x": None}, TypeError, "x: got NoneType, wanted a torch.Tensor"),
+    ({"x": torch.ones(2, 8).bool()}, TypeError, "x: got dtype torch.bool, wanted a floating dtype"),
+    ({"x": torch.randn(2, 8).to(FP8), "weight": torch.randn(6, 8).to(FP8)}, TypeError, "x: got dtype torch.float8"),
+    ({"weight": None}, TypeError, "weight: got NoneType, wanted a torch.Tensor"),
+    ({"lora_A": None}, TypeError, "lora_A: got NoneType, wanted a torch.Tensor"),
+    ({"lora_B": None, "bias": None}, TypeError, "lora_B: got NoneType, wanted a torch.Tensor"),
+    ({"lora_A": torch.randn(4, 8).to(FP8)}, TypeError, "lora_A: got dtype torch.float8"),
+    ({"lora_B": torch.randn(6, 4).cfloat()}, TypeError, "lora_B: got dtype torch.complex64"),
     ({"weight": torch.randn(6, 8, 1)}, ValueError, r"weight: got shape \(6, 8, 1\), wanted \[N, K\]"),
     ({"weight": torch.randn(6, 8, device="meta")}, ValueError, "weight: got device meta, wanted cpu, where x is"),
     ({"bias": torch.randn(5)}, ValueError, r"bias: got shape \(5,\), wanted \(6,\)"),
@@ -38,6 +50,15 @@ CASES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scaling": float("nan")}, ValueError, "scaling: got nan, wanted a finite number"),
     ({"scaling": "2"}, TypeError, "scaling: got str, wanted a number"),
     ({"scaling": torch.ones(2)}, ValueError, r"scaling: got a tensor of shape \(2,\)"),
+    ({"scaling": torch.ones(1, 1, 1)}, ValueError, r"scaling: got a tensor of shape \(1, 1, 1\), wanted a number"),
+    ({"scaling": torch.ones((), device="meta")}, ValueError, "scaling: got device meta, wanted cpu, where x is"),
+    ({"scaling": torch.tensor(1j)}, TypeError, "scaling: got a tensor of dtype torch.complex64, wanted a real number"),
+    ({"scaling": torch.tensor(True)}, TypeError, "scaling: got a tensor of dtype torch.bool, wanted a real number"),
+    ({"scaling": 10**400}, ValueError, "scaling: got a whole number that no float holds, wanted a finite number"),
+    ({"scaling": np.float32("inf")}, ValueError, "scaling: got inf, wanted a finite number"),
+    ({"scaling": True}, TypeError, "scaling: got bool, wanted a number"),
+    ({"dropout_p": float("nan")}, ValueError, "dropout_p: got nan, wanted a probability"),
+    ({"dropout_p": "0.1"}, TypeError, r"dropout_p: got str, wanted a number in \[0, 1\)"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p: got 1.0, wanted a probability in \[0, 1\)"),
     ({"dropout_p": -0.1}, ValueError, r"dropout_p: got -0.1"),
     ({"dropout_p": True}, TypeError, "dropout_p: got bool"),
@@ -51,6 +72,29 @@ def test_bad_layer(change: dict[str, Any], error: type[Exception], message: str)
         lora_linear(**{**layer(), **change})
 
 
+@pytest.mark.parametrize("scaling", [np.int64(2), np.float32(2), 2, torch.tensor(2.0), torch.tensor([2.0])], ids=repr)
+def test_any_real_number_scales(scaling: Any) -> None:
+    given = {**layer(), "dropout_p": np.float32(0)}
+    assert_same(lora_linear(**{**given, "scaling": scaling}), lora_linear(**{**given, "scaling": 2.0}))
+
+
+def test_bad_members_are_named_with_their_place() -> None:
+    x, w, a, b = torch.randn(2, 8), torch.randn(6, 8), torch.randn(4, 8), torch.randn(6, 4)
+    with pytest.raises(TypeError, match="member 1: weight: got NoneType, wanted"):
+        lora_linear_group(x, [w, None], [None] * 2, [a, None], [b, None], [1.0] * 2)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="member 0: x: got NoneType"):
+        lora_linear_group(None, [w, w], [None] * 2, [None, a], [None, b], [1.0] * 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="member 0: x: got a 0-d tensor"):
+        lora_linear_group(x[0, 0], [w, w], [None] * 2, [None, a], [None, b], [1.0] * 2)
+    with pytest.raises(TypeError, match="biases: got NoneType, wanted a list, an entry for each of weights"):
+        lora_linear_group(x, [w, w], None, [a, a], [b, b], [1.0] * 2)  # type: ignore[arg-type]
+    plain = Projection(w)
+    with pytest.raises(TypeError, match="gate: weight: got NoneType"):
+        lora_gated_mlp(x, Projection(None), plain, Projection(w.t()), "silu")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"activation: got \['silu'\], wanted one of"):
+        lora_gated_mlp(x, plain, plain, Projection(w.t()), ["silu"])  # type: ignore[arg-type]
+
+
 def test_bad_update() -> None:
     given = layer()
     x, a, b = given["x"], given["lora_A"], given["lora_B"]
@@ -58,6 +102,10 @@ def test_bad_update() -> None:
         lora_update(torch.randn(3, 6), x, a, b, 0.5)
     with pytest.raises(ValueError, match=r"lora_B: got shape \(6, 4\), wanted \(7, 4\)"):
         lora_update(torch.randn(2, 3, 7), x, a, b, 0.5)
+    with pytest.raises(TypeError, match="y: got NoneType, wanted"):
+        lora_update(None, x, a, b, 0.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scaling: got device meta, wanted cpu"):
+        lora_update(torch.randn(2, 3, 6), x, a, b, torch.ones((), device="meta"))
 
 
 def test_triton_is_refused_with_the_reason_where_it_cannot_run() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))
 
 import dialogues  # noqa: E402
+import finetune  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,42 @@ def test_adapter_is_pefts_format(out: Path) -> None:
     plain = base(ids).logits
     model = PeftModel.from_pretrained(base, out / "adapter")
     assert not torch.equal(model(ids).logits, plain), "the adapter says nothing"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "No such file"),
+        ("", "got an empty file, wanted a dialogue a line"),
+        ("not JSON", "row 1: got no JSON"),
+        ('{"summary": "Hi."}', "row 1: got summary, wanted texts `dialogue` and `summary`"),
+        ('{"dialogue": "A: b", "summary": "c"}', "got 1 dialogues, wanted more than the 8 held out"),
+    ],
+)
+def test_bad_data_is_one_line(text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if text is not None:
+        (tmp_path / "mine.jsonl").write_text(text)
+    words = ("--quick", "--data", tmp_path / "mine.jsonl", "--out", tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main([*map(str, words)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --data: ") and said in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", ["nothing", "no config", "no weights", "broken weights"])
+def test_a_bad_model_is_one_line(broken: str, out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "base"
+    if broken != "nothing":
+        shutil.copytree(out / "base", model)
+        (model / ("config.json" if broken == "no config" else "model.safetensors")).unlink()
+    if broken == "broken weights":
+        (model / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(SystemExit, match="2"):
+        finetune.main(["--quick", "--model", str(model), "--out", str(tmp_path / "out")])
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"error: --model {model}: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_dialogues_are_the_seeds_and_never_twice() -> None:

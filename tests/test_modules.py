@@ -6,11 +6,15 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tolerance import assert_close, assert_same
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import fastlora
 from fastlora import LoRALinear
@@ -160,22 +164,98 @@ def test_a_trained_base_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("kwargs", "error", "message"),
     [
-        ({"r": 0}, "r: got 0, wanted a whole number ≥ 1"),
-        ({"r": 2.5}, "r: got 2.5"),
-        ({"lora_dropout": 1.0}, r"dropout_p: got 1.0, wanted a probability in \[0, 1\)"),
-        ({"lora_alpha": float("nan")}, "scaling: got nan"),
+        ({"r": 0}, ValueError, "r: got 0, wanted a whole number ≥ 1"),
+        ({"r": 2.5}, ValueError, "r: got 2.5"),
+        ({"r": True}, ValueError, "r: got True"),
+        ({"lora_dropout": 1.5}, ValueError, r"lora_dropout: got 1.5, wanted a probability in \[0, 1\)"),
+        ({"lora_dropout": None}, TypeError, r"lora_dropout: got NoneType, wanted a number in \[0, 1\)"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha: got nan, wanted a finite number"),
+        ({"lora_alpha": 10**400}, ValueError, "lora_alpha: got a whole number that no float holds"),
+        ({"lora_alpha": "16"}, TypeError, "lora_alpha: got str, wanted a number"),
+        ({"lora_alpha": None}, TypeError, "lora_alpha: got NoneType, wanted a number"),
+        ({"in_features": -1}, ValueError, "in_features: got -1, wanted a whole number ≥ 0"),
+        ({"out_features": "8"}, ValueError, "out_features: got '8', wanted a whole number ≥ 0"),
+        ({"dtype": torch.int8}, TypeError, "dtype: got dtype torch.int8, wanted a floating dtype"),
+        ({"dtype": torch.float8_e4m3fn}, TypeError, "dtype: got dtype torch.float8_e4m3fn, wanted a floating dtype"),
+        ({"dtype": "bf16"}, TypeError, "dtype: got dtype bf16"),
     ],
 )
-def test_bad_construction(kwargs: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LoRALinear(8, 8, **kwargs)  # type: ignore[arg-type]
+def test_bad_construction(kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}"):
+        LoRALinear(**{"in_features": 8, "out_features": 8, **kwargs})
 
 
-def test_from_linear_wants_a_linear() -> None:
-    with pytest.raises(TypeError, match=r"linear: got Conv1d, wanted a torch\.nn\.Linear"):
-        LoRALinear.from_linear(nn.Conv1d(2, 2, 1))  # type: ignore[arg-type]
+def test_numbers_of_numpys_are_numbers() -> None:
+    layer = LoRALinear(np.int64(8), 8, r=np.int64(4), lora_alpha=np.int64(6), lora_dropout=np.float32(0.5))
+    assert (layer.r, layer.scaling, layer.lora_dropout) == (4, 1.5, 0.5)
+    assert {type(value) for value in (layer.in_features, layer.r, layer.scaling, layer.lora_dropout)} == {int, float}
+
+
+class Twice(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Named(nn.Linear):
+    """A class of its own that computes what its base class does."""
+
+
+def changed(change: Callable[[nn.Linear], Any]) -> nn.Linear:
+    linear = nn.Linear(8, 4)
+    change(linear)
+    return linear
+
+
+def bitsandbytes(name: str) -> Any:
+    return getattr(pytest.importorskip("bitsandbytes").nn, name)(64, 32, bias=False)
+
+
+def torchao() -> Any:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    return model[0]
+
+
+def hooked(register: str) -> nn.Linear:
+    return changed(lambda linear: getattr(linear, register)(lambda *_: None))
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "another kind": (lambda: nn.Conv1d(2, 2, 1), TypeError, r"got Conv1d, wanted a torch\.nn\.Linear"),
+    "a forward of its class's": (lambda: Twice(8, 4), TypeError, "got a Twice, which has a forward of its own"),
+    "a forward of its own": (
+        lambda: changed(lambda linear: setattr(linear, "forward", torch.relu)),
+        ValueError,
+        "got a Linear with hooks or a forward of its own",
+    ),
+    "a hook": (lambda: hooked("register_forward_hook"), ValueError, "with hooks"),
+    "a hook ahead": (lambda: hooked("register_forward_pre_hook"), ValueError, "with hooks"),
+    "a hook behind": (lambda: hooked("register_full_backward_hook"), ValueError, "with hooks"),
+    "a hook ahead of backward": (lambda: hooked("register_full_backward_pre_hook"), ValueError, "with hooks"),
+    "weight norm": (lambda: changed(weight_norm), ValueError, "got a ParametrizedLinear with parametrizations"),
+    "nf4": (lambda: bitsandbytes("Linear4bit"), TypeError, "weight is a Params4bit, wanted .* fastlora.patch"),
+    "int8": (lambda: bitsandbytes("Linear8bitLt"), TypeError, "weight is a Int8Params, wanted .* fastlora.patch"),
+    "torchao": (torchao, TypeError, "weight is a .*Tensor.*, wanted .* fastlora.patch"),
+    "fp8": (lambda: nn.Linear(8, 4).to(torch.float8_e4m3fn), TypeError, "weight: got dtype torch.float8_e4m3fn"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_from_linear_refuses_what_it_would_not_compute(name: str) -> None:
+    make, error, message = REFUSED[name]
+    linear = make()
+    frozen = [p.requires_grad for p in linear.parameters()]
+    with pytest.raises(error, match=rf"^linear: .*{message}"):
+        LoRALinear.from_linear(linear)
+    assert [p.requires_grad for p in linear.parameters()] == frozen, "it was written to"
+
+
+def test_from_linear_takes_a_class_that_only_has_a_name_of_its_own() -> None:
+    linear, x = Named(8, 4), torch.randn(3, 8)
+    assert_same(LoRALinear.from_linear(linear)(x), linear(x))
 
 
 def test_explain_says_which_path_and_why() -> None:

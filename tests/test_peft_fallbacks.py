@@ -17,6 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.tuners import lora
 from tolerance import assert_same
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fastlora
 from fastlora import dispatch
@@ -293,3 +294,21 @@ def test_torch_func_meets_pefts_forward() -> None:
         assert calls == (0, 0) and len(report.patched) == 7
     for name, grad in actual.items():
         assert_same(grad, expected[name])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_meets_pefts_forward(grad: bool) -> None:
+    """Tangents, which no op of ours carries; with the level left, ours run again."""
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"], init_lora_weights=False))
+    ours, x, dx = copy.deepcopy(model), torch.randn(3, 8), torch.randn(3, 8)
+    fastlora.patch(ours)
+    with counted() as calls, torch.set_grad_enabled(grad):
+        tangents = []
+        for each in (ours, model):
+            with forward_ad.dual_level():
+                tangents.append(forward_ad.unpack_dual(each(forward_ad.make_dual(x, dx))).tangent)
+        assert calls == (0, 0)
+        ours(x)
+        assert calls == (1, 0)
+    assert_same(*tangents)
+    assert tangents[0].abs().max() > 0

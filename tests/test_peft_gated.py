@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from gating import MLP, Mine, family, gated_calls
+from gating import MLP, Mine, family, gated_calls, mine
 from models import VOCABULARY, peft_model
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -132,6 +132,16 @@ def keeping(self: Any, x: Tensor) -> Tensor:
     return self.three(F.silu(self.last) * self.two(x))
 
 
+def counting(count: Callable[[Any], Any]) -> Any:
+    """Gated, and a side effect; the module has three counters to choose from."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        count(self)
+        return self.three(F.silu(self.one(x)) * self.two(x))
+
+    return forward
+
+
 OTHERS: dict[str, tuple[Any, str | None]] = {
     "residual": (lambda self, x: x + self.three(F.silu(self.one(x)) * self.two(x)), "not a child's output"),
     "scaled": (lambda self, x: self.three(2 * F.silu(self.one(x)) * self.two(x)), "is none of"),
@@ -147,6 +157,12 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
     "no_grad": (without_gradients, "changes grad mode or autocast"),
     "autocast": (without_autocast, "changes grad mode or autocast"),
     "keeps": (keeping, "keeps something"),
+    "counts": (counting(lambda self: setattr(self, "cnt", self.cnt.add_(1))), "a tensor of its own"),
+    "counts in place": (counting(lambda self: self.cnt.add_(1)), "a tensor of its own"),
+    "counts in a part": (counting(lambda self: self.several[0].add_(1)), "a tensor of its own"),
+    "counts for itself": (counting(lambda self: self.box.append(1)), "keeps something"),
+    "counts in a box's box": (counting(lambda self: self.boxes["a"].append(1)), "keeps something"),
+    "looks at a buffer": (counting(lambda self: bool(self.cnt > 0)), "a tensor of its own"),
     "no product": (lambda self, x: self.three(F.silu(self.one(x)) + self.two(x)), None),
 }
 
@@ -155,10 +171,44 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
 def test_what_computes_something_else_is_left(name: str) -> None:
     body, reason = OTHERS[name]
     module = forward_of(body)()
-    before, states = dict(vars(module)), torch.get_rng_state()
+    module.register_buffer("cnt", torch.tensor(7))
+    module.several, module.box, module.boxes = torch.ones(2), [1], {"a": [1]}
+    before, states = copy.deepcopy(dict(vars(module), _modules=None)), torch.get_rng_state()
     structure = find(module)
-    assert vars(module) == before and torch.equal(torch.get_rng_state(), states)
+    now = dict(vars(module), _modules=None)
+    assert now.pop("several").eq(before.pop("several")).all() and module.cnt == 7 and module.cnt._version == 0
+    assert str(now) == str(before) and torch.equal(torch.get_rng_state(), states)
     assert structure is None if reason is None else isinstance(structure, str) and reason in structure
+
+
+def test_an_activation_that_counts_is_left_and_not_run() -> None:
+    class Counting(nn.SiLU):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.seen = torch.zeros(()), []
+
+        def forward(self, g: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return super().forward(g)
+
+    module = Mine(Counting())
+    assert find(module) == "it keeps something of what it computes"
+    assert module.act.calls == 0
+
+
+def test_a_module_that_counts_goes_on_counting() -> None:
+    """Patched, it is told with the reason, though no child of it is an activation, and runs its own forward."""
+    model = mine(F.silu)
+    mlp = model.base_model.model.mlp
+    mlp.register_buffer("cnt", torch.zeros(()))
+    kind = type("Counts", (Mine,), {"forward": lambda self, x: (self.cnt.add_(1), Mine.forward(self, x))[1]})
+    mlp.__class__ = kind
+    report = fastlora.patch(model)
+    assert not report.gated and "a tensor of its own" in report.ungated["base_model.model.mlp"]
+    assert mlp.cnt == 0 and mlp.cnt._version == 0
+    for _ in range(3):
+        model(torch.randn(2, 3, 12).double())
+    assert mlp.cnt == 3
 
 
 def test_nothing_but_the_class_changes() -> None:

@@ -6,6 +6,7 @@ import copy
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from grouping import STRUCTURES, K, Three, found, group_calls, nothing_left, outcome, wrap
@@ -142,6 +143,7 @@ def test_patch_leaves_the_model_as_it_was() -> None:
                 self.register_buffer("mask", torch.ones(K))
                 self.seen.append(x)
             random.random()
+            np.random.rand()
             return torch.dropout(x, 0.5, True) * self.kept
 
     model = Model()
@@ -152,8 +154,10 @@ def test_patch_leaves_the_model_as_it_was() -> None:
     model.base_model.model.this.register_forward_hook(lambda *_: called.append(1))
     model.base_model.model.that.lora_A.default.weight.grad = torch.ones(4, K)
     modules, before = list(model.modules()), [copy.copy(vars(module)) for module in model.modules()]
-    states = torch.get_rng_state(), random.getstate()
+    states, drawn = (torch.get_rng_state(), random.getstate()), np.random.RandomState()
+    drawn.set_state(np.random.get_state())
     assert found(model) == {"that other"}
+    assert np.random.rand() == drawn.rand()
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert not called and not model.base_model.model.seen and model.base_model.model.kept is None
     assert model.base_model.model.that.lora_A.default.weight.grad.eq(1).all()
@@ -168,6 +172,54 @@ def test_patch_leaves_the_model_as_it_was() -> None:
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert [key for module in model.modules() for key in module._forward_hooks_always_called] == []
     assert len([key for module in model.modules() for key in module._forward_hooks]) == len(called) + 1
+
+
+class Stats:
+    calls = 0
+
+
+def counting(x: Tensor, model: Any) -> None:
+    """Every way to count the calls."""
+    model.cnt += 1
+    model.steps.add_(1)
+    model.mean[0] += 2
+    model.plain.mul_(2)
+    torch.add(model.mean, 1, out=model.mean)
+    model.total.zero_()
+    model.stats.calls += 1
+    model.deep["calls"].append(1)
+
+
+def counts(model: Any) -> list[Any]:
+    tensors = model.cnt, model.steps, model.mean, model.plain, model.total
+    versions = [t._version for t in tensors]
+    return [[t.tolist() for t in tensors], versions, model.stats.calls, len(model.deep["calls"])]
+
+
+def test_patch_writes_into_no_tensor_and_counts_nothing() -> None:
+    """Buffers and other tensors keep values and versions; a later forward counts as ever."""
+
+    class Model(Three):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in {"cnt": torch.tensor(3), "steps": torch.tensor([5]), "mean": torch.ones(2)}.items():
+                self.register_buffer(name, value)
+            self.total = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.plain, self.stats, self.deep = torch.ones(2), Stats(), {"calls": [1]}
+
+        def between(self, x: Tensor) -> Tensor:
+            counting(x, self)
+            return x
+
+    model = wrap(Model())
+    inner = model.base_model.model
+    tensors, before = [id(t) for t in (inner.cnt, inner.mean, inner.plain)], counts(inner)
+    assert found(model) == {"this that other"}
+    assert counts(inner) == before and tensors == [id(t) for t in (inner.cnt, inner.mean, inner.plain)]
+    model(torch.randn(2, K))
+    values, versions, calls, appended = counts(inner)
+    assert values == [4, [6], [4.0, 2.0], [2.0, 2.0], [0.0, 0.0]] and (calls, appended) == (1, 2)
+    assert all(now > then for now, then in zip(versions, before[1], strict=True))
 
 
 def test_the_report_prints_groups() -> None:

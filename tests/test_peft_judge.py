@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 
 import fastlora
 from fastlora.peft import judge as judging
@@ -69,6 +70,9 @@ def test_nobody_who_watches_is_passed_over(part: str, watch: str, monkeypatch: p
 def test_what_is_not_usual_is_left_to_the_judge(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = layer_of(), torch.randn(3, 8)
     assert judged(layer, x.double(), monkeypatch)[0] is None
+    with forward_ad.dual_level():
+        short, long = judged(layer, x, monkeypatch)
+        assert short is None and "forward-mode" in long
     assert judged(layer, x.as_subclass(type("Odd", (torch.Tensor,), {})), monkeypatch)[0] is None
     layer.update_layer("other", r=3, lora_alpha=1, config=LoraConfig(lora_dropout=0.2))
     layer.set_adapter(["default", "other"])

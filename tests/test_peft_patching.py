@@ -63,6 +63,40 @@ def test_strict_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
         logits(model, inputs)
 
 
+def embedded() -> nn.Module:
+    """Adapters on layers that never get a forward of ours, and on one that does."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.mix, self.out = nn.Embedding(8, 4), nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.mix(self.words(ids).mT).mT)
+
+    return get_peft_model(Model(), peft.LoraConfig(target_modules=["words", "mix", "out"], r=2))
+
+
+def test_strict_from_outside_is_patchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose class stays PEFT's have no call that could raise: patch does, before anything is changed."""
+    monkeypatch.setattr(dispatch.env, "strict", True)
+    model = embedded()
+    with pytest.raises(RuntimeError, match=r"FASTLORA_STRICT=1, and(.|\n)*words: PEFT's Emb(.|\n)*mix: PEFT's Conv1d"):
+        fastlora.patch(model)
+    assert not any(type(layer) is FusedLinear for layer in lora_layers(model).values())
+
+
+def test_layers_that_stay_pefts_are_told_once_per_reason(caplog: pytest.LogCaptureFixture) -> None:
+    model = embedded()
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        report = fastlora.patch(model)
+        fastlora.patch(model)
+        model(torch.zeros(1, 3, dtype=torch.int64))
+    assert len(report.skipped) == len(caplog.messages) == 2
+    for (name, reason), message in zip(report.skipped.items(), caplog.messages, strict=True):
+        assert message.startswith(f"{name} falls back") and reason in message
+
+
 @pytest.fixture
 def disabled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch.env, "disable", True)

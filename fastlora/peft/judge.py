@@ -10,6 +10,7 @@ from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transformed
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
@@ -82,6 +83,8 @@ def judge(layer: Any) -> Plan | str:
         return "global module hooks are registered"
     if transformed():
         return "torch.func does not see through fused ops"
+    if forward_ad._current_level >= 0:
+        return "forward-mode AD does not see through fused ops"
     parts = layer._modules
     base = parts["base_layer"]
     weight: Tensor | None = None
@@ -153,6 +156,7 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         or not here["cast_input_dtype_enabled"]
         or _has_any_global_hook()
         or transformed()
+        or forward_ad._current_level >= 0
     ):
         return None
     of_B = in_B["_parameters"]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import groups, ops
-from fastlora.dispatch import env
+from fastlora.dispatch import env, fell_back
 from fastlora.peft.gated import gate, ungate
 from fastlora.peft.judge import LIBRARY, path_of, why_not
 from fastlora.peft.layers import FUSED, PEFT
@@ -86,7 +86,8 @@ def patch(
     the activation nor the product. gated: False leaves every MLP to run layer by layer; module.fastlora_gated = False,
     before or after patch, leaves that one.
     strict: raise RuntimeError, before anything is changed, if any layer would be skipped, and on every later call that
-    would have to fall back to PEFT's forward.   Returns a report that prints as a table.
+    would have to fall back to PEFT's forward; FASTLORA_STRICT=1 does the same. Without it a log record says why, once
+    per reason.   Returns a report that prints as a table.
     Raises TypeError when model is no module, ValueError when it has no PEFT LoRA layer.
     """
     layers, report = _lora_layers(model), PatchReport()
@@ -94,9 +95,8 @@ def patch(
         reason = why_not(layer)
         if reason is not None:
             report.skipped[name] = reason
-    if strict and report.skipped and not env.disable:
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in report.skipped.items())
-        raise RuntimeError(f"patch: strict=True, and these layers would run PEFT's own forward:\n{listed}")
+    if not env.disable:
+        _tell(report.skipped, strict)
     _restore(model, layers)
     plain = {name: layer for name, layer in layers.items() if type(layer) is lora.Linear}
     found, report.ungrouped = groups.siblings(model, plain, ops.GROUP, inputs)
@@ -111,6 +111,16 @@ def patch(
         join(model, names, plain)
     report.gated, report.ungated = gate(model, set(map(id, layers.values())), gated)
     return report
+
+
+def _tell(skipped: dict[str, str], strict: bool) -> None:
+    """Say why layers are skipped: those whose class stays PEFT's have no later call that would; under strict raise."""
+    if skipped and (strict or env.strict):
+        listed = "\n".join(f"  {name}: {reason}" for name, reason in skipped.items())
+        asked = "strict=True" if strict else "FASTLORA_STRICT=1"
+        raise RuntimeError(f"patch: {asked}, and these layers would run PEFT's own forward:\n{listed}")
+    for name, reason in skipped.items():
+        fell_back(name, reason)
 
 
 def _swap(layer: Any, name: str, strict: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fastlora.groups import unchanged
+from fastlora.groups import Unwritten, unchanged
 from fastlora.reference import ACTIVATIONS
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
@@ -82,9 +82,9 @@ def find(module: nn.Module) -> Structure | str | None:
     try:
         for training in (True, False):
             module.training = training
-            with unchanged(module) as kept:
+            with unchanged(module) as kept, Unwritten() as tensors:
                 structure = _match(module)
-                if not (structure is None or isinstance(structure, str)) and kept():
+                if not (structure is None or isinstance(structure, str)) and (kept() or tensors.writes):
                     structure = "it keeps something of what it computes"
             if structure is None or isinstance(structure, str):
                 return structure
@@ -98,21 +98,28 @@ def find(module: nn.Module) -> Structure | str | None:
 
 
 def looks_like_one(module: nn.Module) -> bool:
-    """Whether someone would take the module for an MLP: a child is one of the activations."""
-    return any(not list(child.children()) and _named(child, [child]) is not None for child in module.children())
+    """Whether someone would take the module for an MLP: a child is one of the activations, or it has three layers, two
+    of one size and the third of the reverse."""
+    if any(not list(child.children()) and _named(child, [child]) is not None for child in module.children()):
+        return True
+    sizes = [(child.in_features, child.out_features) for child in module.children() if hasattr(child, "out_features")]
+    return len(sizes) == 3 and any(sorted(sizes) == sorted([size, size, size[::-1]]) for size in sizes)
 
 
 def _match(module: nn.Module) -> Structure | str | None:
     tracer = _Tracer()
     tracer.modes = _modes()
     try:
-        graph = tracer.trace(module)
+        with Unwritten() as tensors:  # of its own, for x is none
+            graph = tracer.trace(module)
     except Exception as error:  # a forward may do anything with a value that is no tensor
         return f"its forward cannot be traced: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     finally:
         vars(tracer).clear()  # fx's closures keep it until a collection, and it keeps the module
     if not any(_product(node) for node in graph.nodes):
         return None
+    if tensors.reads:
+        return "its forward looks at a tensor of its own, or changes one"
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if not inputs or any(node.users for node in inputs[1:]):
         return "its forward reads more than one argument"
