@@ -106,6 +106,9 @@ def test_bad_update() -> None:
         lora_update(None, x, a, b, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scaling: got device meta, wanted cpu"):
         lora_update(torch.randn(2, 3, 6), x, a, b, torch.ones((), device="meta"))
+    for dtype in ("fp16", torch.int32):
+        with pytest.raises(TypeError, match="dtype: got dtype .*, wanted a floating dtype"):
+            lora_update(torch.randn(2, 3, 6), x, a, b, 0.5, dtype=dtype)  # type: ignore[arg-type]
 
 
 def test_triton_is_refused_with_the_reason_where_it_cannot_run() -> None:

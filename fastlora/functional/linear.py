@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import dispatch, ops
-from fastlora.checks import check_linear, check_update
+from fastlora.checks import check_dtype, check_linear, check_update
 from fastlora.functional.rules import (
     draw_seed,
     face,
@@ -235,6 +235,8 @@ def lora_update(
     given.   The rest, and what is saved and raised, as in `lora_linear`.   Returns a new tensor [..., N].
     """
     autocast = check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias)
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     if autocast is not None:
         x = x.to(autocast)
     p = dropout_p if training else 0.0
