@@ -127,8 +127,8 @@ def test_whatever_ends_the_command_ends_what_it_started(ends: signal.Signals, tm
         [sys.executable, "-m", "benchmarks.gpu", "--parts", "tune bench", "--device", "cpu"],
         cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while len(started_with(tmp_path)) < 2 and time.monotonic() < deadline:
+    log, deadline = tmp_path / "run.log", time.monotonic() + 60
+    while not (log.exists() and "benchmarks.tune" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(ends)
     assert process.wait(20) == 1 and not left_by(tmp_path)
