@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,26 +73,47 @@ def warm_both(race: Race) -> None:
 def strategy_rows(measured: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:
     """Rows for each measured layer, by M: the faster way up to each M; neighbours that agree are one row.
 
-    Those of few masks come first; what was measured with the most has no bound on them.
+    They hold from the least M measured to the largest, and nowhere else. Those of few masks come first; between two
+    numbers of masks, the larger one's hold.
     """
     rows: list[dict[str, Any]] = []
     layers: dict[tuple[Any, ...], dict[int, list[dict[str, Any]]]] = {}
     for m in measured:
         by_masks = layers.setdefault((m["kernel"], m["dtype"], m["N"], m["K"]), {})
         by_masks.setdefault(m["masks"], []).append(m)
-    for (kernel, dtype, N, K), masks, of in (
-        (layer, *entry) for layer, found in layers.items() for entry in sorted(found.items())
-    ):
-        bound = {} if masks == max(layers[kernel, dtype, N, K]) else {"max_masks": masks}
-        mine: list[dict[str, Any]] = []
-        for m in sorted(of, key=lambda m: m["M"]):
-            best = "fused" if m["fused"] < m["split"] else "split"
-            why = f"fused {m['fused']:.3f} ms, split {m['split']:.3f} ms at M = {m['M']}"
-            if mine and mine[-1]["strategy"] == best:
-                mine[-1] |= {"max_M": m["M"], "why": why}
-            else:
-                sizes = {"kernel": kernel, "dtype": [dtype], "N": N, "K": K, "max_M": m["M"]}
-                mine.append({**sizes, **bound, "strategy": best, "source": source, "why": why})
-        del mine[-1]["max_M"]  # beyond the largest M measured, as there
-        rows += mine
+    for (kernel, dtype, N, K), found in layers.items():
+        fewer = -1
+        for masks, of in sorted(found.items()):
+            masked = {"max_masks": masks} if kernel != "expand" else {}
+            if masks:
+                masked = {"min_masks": max(fewer + 1, 1), **masked}
+            fewer, mine = masks, []
+            for m in sorted(of, key=lambda m: m["M"]):
+                best = "fused" if m["fused"] < m["split"] else "split"
+                why = f"fused {m['fused']:.3f} ms, split {m['split']:.3f} ms at M = {m['M']}"
+                if mine and mine[-1]["strategy"] == best:
+                    mine[-1] |= {"max_M": m["M"], "why": why}
+                else:
+                    least = mine[-1]["max_M"] + 1 if mine else m["M"]
+                    sizes = {"kernel": kernel, "dtype": [dtype], "N": N, "K": K, "min_M": least, "max_M": m["M"]}
+                    mine.append({**sizes, **masked, "strategy": best, "source": source, "why": why})
+            rows += mine
     return rows
+
+
+def on_top(new: list[dict[str, Any]], earlier: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`new` rows before the earlier ones, less those measured ones that can no longer be reached."""
+
+    def layer(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(map(str, (row.get(name) for name in ("kernel", "dtype", "N", "K", "min_masks", "max_masks"))))
+
+    raced: dict[tuple[Any, ...], tuple[float, float]] = {}
+    for row in new:
+        least, most = raced.get(layer(row), (math.inf, 0))
+        raced[layer(row)] = min(least, row["min_M"]), max(most, row["max_M"])
+
+    def reached(row: dict[str, Any]) -> bool:
+        least, most = raced.get(layer(row), (math.inf, 0))
+        return row["source"] == "predicted" or row.get("min_M", 0) < least or row.get("max_M", math.inf) > most
+
+    return [*new, *filter(reached, earlier)]

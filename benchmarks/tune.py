@@ -27,7 +27,7 @@ import fastlora_kernels as kernels
 from benchmarks.adopt import write
 from benchmarks.audit_cases import AXES
 from benchmarks.probe import DTYPES, KERNELS, Problem, Yardstick, operands, run
-from benchmarks.strategies import Race, strategy_rows, warm_both
+from benchmarks.strategies import Race, on_top, strategy_rows, warm_both
 from fastlora_kernels import Tile, table
 from fastlora_kernels.tables import admits
 
@@ -189,6 +189,7 @@ class Tuner:
         self.table: dict[str, Any] = {name: copy.deepcopy(v) for name, v in table(arch).items() if name != "name"}
         context = multiprocessing.get_context("spawn")
         self.raced: dict[Race, dict[str, Any]] = {}
+        self.earlier = self.table["strategy"]
         self.pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs else None
 
     @property
@@ -261,8 +262,9 @@ class Tuner:
             for race in few:
                 times = {way: self.timer(run_it, None) for way, run_it in race.ways(self.device).items()}
                 self.raced[replace(race, tiles=None)] = found = {**race.sizes, **times}
-                kept = [row for row in self.table["strategy"] if row["source"] == "predicted"]
-                self.table["strategy"] = [*strategy_rows(list(self.raced.values()), self.grid.source), *kept]
+                self.table["strategy"] = on_top(
+                    strategy_rows(list(self.raced.values()), self.grid.source), self.earlier
+                )
                 yield found
 
     def with_tiles(self, race: Race) -> Race:

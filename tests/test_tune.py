@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from benchmarks import adopt, gpu, tune
 from benchmarks.adopt import checked, text_of
 from benchmarks.records import BadInput
-from benchmarks.strategies import strategy_rows
+from benchmarks.strategies import on_top, strategy_rows
 from benchmarks.tune import Bench, Problem, Tuner, neighbours, reaching, stub_clock
 from fastlora_kernels import Tile, strategy, table, tile
 from fastlora_kernels.tables import FOLDER
@@ -27,10 +29,12 @@ def measured(source: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(source).replace("stub clock", "measured"))
 
 
+SMALL = dataclasses.replace(tune.GRIDS["cpu"], rows=(24,), layers=((40, 56),))
+
+
 @pytest.fixture(scope="module")
 def tuned() -> dict[str, Any]:
-    grid = dataclasses.replace(tune.GRIDS["cpu"], rows=(24,), layers=((40, 56),))
-    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=grid)
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL)
     gains = list(tuner.tiles())
     assert {found["kernel"] for found in gains} == set(tune.KERNELS) and all(found["gain"] > 1 for found in gains)
     return tuner.table
@@ -112,45 +116,81 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
     assert not any(t.flatten or t.programs > 1 for t in neighbours("dx", described) if not t.tma)
 
 
-def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
-    times = [
-        dict(kernel="expand", dtype="bf16", N=64, K=48, M=M, masks=0, fused=1.0, split=M / 700)
-        for M in (2048, 512, 1024, 1)
-    ]
-    masked = [
-        dict(kernel="group_dx", dtype="bf16", N=64, K=48, M=9, masks=masks, fused=masks, split=0.5) for masks in (3, 0)
-    ]
-    rows = strategy_rows(times, "measured")
-    assert [(row["strategy"], row.get("max_M")) for row in rows] == [("split", 512), ("fused", None)]
-    own = {
-        **table("sm_90"),
-        "strategy": [
-            *rows,
-            *strategy_rows(masked, "measured"),
-            {"strategy": "split", "source": "predicted", "why": "else"},
-        ],
-    }
-    adopt.write(tmp_path / "sm_90.json", {name: own[name] for name in own if name != "name"})
-    monkeypatch.setenv("FASTLORA_TABLES", str(tmp_path))
+def raced(kernel: str, M: int, fused: float, split: float, masks: int = 0, N: int = 64, K: int = 48) -> dict[str, Any]:
+    """What the tuner says of one race."""
+    return dict(kernel=kernel, dtype="bf16", N=N, K=K, M=M, masks=masks, fused=fused, split=split)
+
+
+@contextlib.contextmanager
+def installed(rows: list[dict[str, Any]], folder: Path) -> Iterator[None]:
+    """These rows as the strategies of sm_90."""
+    own = {name: value for name, value in table("sm_90").items() if name != "name"}
+    adopt.write(folder / "sm_90.json", {**own, "strategy": rows})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_TABLES", str(folder))
+        for cached in (table, strategy):
+            cached.cache_clear()
+        yield
     for cached in (table, strategy):
         cached.cache_clear()
-    try:
-        bf16 = torch.bfloat16
-        assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 9999)] == ["split", "fused", "fused"]
+
+
+ELSE = {"strategy": "split", "source": "predicted", "why": "else"}
+
+
+def test_strategies_by_layer_and_rows(tmp_path: Path) -> None:
+    """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
+    times = [raced("expand", M, 1.0, M / 700) for M in (2048, 512, 1024, 1)]
+    masked = [raced("group_dx", 9, masks, 0.5, masks) for masks in (3, 0)]
+    rows = strategy_rows(times, "measured")
+    assert [(row["strategy"], row["min_M"], row["max_M"]) for row in rows] == [("split", 1, 512), ("fused", 513, 2048)]
+    bf16 = torch.bfloat16
+    with installed([*rows, *strategy_rows(masked, "measured"), ELSE], tmp_path):
+        assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 2048)] == ["split", "fused", "fused"]
         assert strategy("sm_90", bf16, 1024, 64, 48, 16, "dx")[1].endswith("else")
-        assert [strategy("sm_90", bf16, 9, 64, 48, 16, "group_dx", masks)[0] for masks in (0, 1, 3)] == [
-            "fused",
-            "split",
-            "split",
-        ]
+        by_masks = [strategy("sm_90", bf16, 9, 64, 48, 16, "group_dx", masks)[0] for masks in (0, 1, 3)]
+        assert by_masks == ["fused", "split", "split"]
         assert strategy("sm_90", bf16, 1024, 48, 64, 16)[1].endswith("else")
         assert strategy("sm_90", torch.float16, 1024, 64, 48, 16)[1].endswith("else")
         assert table("sm_80")["tiles"] == json.loads((FOLDER / "sm_80.json").read_text())["tiles"]
-    finally:
-        monkeypatch.undo()
-        for cached in (table, strategy):
-            cached.cache_clear()
+
+
+def test_a_race_speaks_for_the_rows_and_masks_it_was_run_with(tmp_path: Path) -> None:
+    """Where nothing was timed, what was predicted goes on: few rows, more rows than raced, other masks."""
+    rows = strategy_rows(
+        [raced("expand", 8192, 1, 2), raced("dx", 8192, 1, 2), raced("group_dx", 64, 1, 2, 2)], "measured"
+    )
+    with installed([*rows, ELSE], tmp_path):
+
+        def how(kernel: str, M: int, masks: int = 0) -> str:
+            return strategy("sm_90", torch.bfloat16, M, 64, 48, 16, kernel, masks)[0]
+
+        assert [how("expand", M) for M in (1, 8191, 8192, 8193)] == ["split", "split", "fused", "split"]
+        assert [how("dx", 8192, masks) for masks in (0, 1)] == ["fused", "split"]
+        assert [how("group_dx", 64, masks) for masks in (0, 1, 2, 3)] == ["split", "fused", "fused", "split"]
+
+
+def test_what_was_measured_stays_until_it_is_measured_again(tmp_path: Path) -> None:
+    """A second tune that is cut short: rows of layers, masks and M that it did not race are kept, below its own."""
+    first = [raced("expand", M, 1, 2, N=N) for N in (64, 96) for M in (16, 8192)]
+    first += [raced("group_dx", 8192, 1, 2, masks) for masks in (0, 3)]
+    earlier = [*strategy_rows(first, "measured"), ELSE]
+    again = [raced("expand", M, 2, 1) for M in (16, 512, 8192)] + [raced("expand", 8192, 2, 1, N=96)]
+    rows = on_top(strategy_rows([*again, raced("group_dx", 8192, 2, 1, 3)], "measured"), earlier)
+    with installed(rows, tmp_path):
+
+        def how(kernel: str, M: int, N: int, masks: int = 0) -> str:
+            return strategy("sm_90", torch.bfloat16, M, N, 48, 16, kernel, masks)[0]
+
+        assert [how("expand", M, 64) for M in (16, 8192)] == ["split", "split"]
+        assert [how("expand", M, 96) for M in (16, 8192)] == ["fused", "split"]
+        assert [how("group_dx", 8192, 64, masks) for masks in (0, 3)] == ["fused", "split"]
+    assert len(rows) == 3 + 2 + 1 and rows[-1] == ELSE, "three new, two that still hold somewhere"
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL)
+    tuner.earlier = [*earlier, *tuner.table["strategy"]]
+    next(tuner.strategies())
+    kept = [row for row in tuner.table["strategy"] if row["source"] == "measured"]
+    assert kept == earlier[:-1]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)
