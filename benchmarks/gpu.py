@@ -158,7 +158,10 @@ def bench(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def sanitize(run: Run, seconds: float) -> dict[str, Any]:
-    """memcheck and racecheck over every kernel on a small case; on a CPU the same case, bare."""
+    """memcheck and racecheck over every kernel on a small case; on a CPU a smaller case, bare.
+
+    Both at once, after all was compiled side by side: in turn, what they start and compile would fill the time.
+    """
     probe = [sys.executable, "-m", "benchmarks.probe", "--device", run.device]
     if run.device == "cpu":
         code, _ = run.command(*probe, "--size", "tiny", seconds=seconds)
@@ -166,14 +169,19 @@ def sanitize(run: Run, seconds: float) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"state": "skipped", "why": "compute-sanitizer is not on PATH"}
+    probe += ["--size", "small", "--described", "--unchecked"]
+    start = time.monotonic()
+    bare, _ = run.command(*probe, "--jobs", str(os.cpu_count() or 2), seconds=seconds / 2)
+    left = seconds - (time.monotonic() - start) / run.scale
+    checks = {"memcheck": r"ERROR SUMMARY: (\d+)", "racecheck": r"RACECHECK SUMMARY: (\d+)"}
+    words = [[tool, "--tool", check, "--error-exitcode", "9", *probe] for check in checks]
+    codes, text = run.together(*words, seconds=left)
     found = {}
-    for check in ("memcheck", "racecheck"):
-        words = [tool, "--tool", check, "--error-exitcode", "9", *probe, "--size", "small", "--unchecked"]
-        code, text = run.command(*words, seconds=seconds / 2)
-        errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    for (check, pattern), code in zip(checks.items(), codes, strict=True):
+        errors = re.search(pattern, text)
         found[check] = f"{errors[1]} errors" if errors else f"no summary, {_ended(code)}"
-    clean = all(said.startswith("0 ") for said in found.values())
-    return {"state": "ok" if clean else "see run.log", **found}
+    clean = bare == 0 and all(code == 0 and found[check][:2] == "0 " for code, check in zip(codes, found, strict=True))
+    return {"state": "ok" if clean else "see run.log", "bare": _ended(bare), **found}
 
 
 def profile(run: Run, seconds: float) -> dict[str, Any]:

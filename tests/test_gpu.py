@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pkgutil
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import fastlora_kernels as kernels
-from benchmarks import gpu
-from benchmarks.probe import SIZES, Problem, operands, run
+import fastlora_kernels
+from benchmarks import gpu, probe
+from benchmarks.probe import SIZES, Problem, launch, operands
 from benchmarks.records import read
 from fastlora_kernels.launch import Launch
 
@@ -192,15 +194,15 @@ def test_the_profiler_counts_our_launches_alone(tmp_path: Path, monkeypatch: pyt
     words = re.findall("word: (.*)", (tmp_path / "run.log").read_text())
     kind, pattern = words[words.index("--kernel-name") + 1].split(":", 1)
     launched: list[str] = []
-    launch = Launch.__call__
+    call = Launch.__call__
 
     def watched(self: Launch, *given: Any) -> None:
         launched.append(self.kernel.fn.__name__)
-        launch(self, *given)
+        call(self, *given)
 
     monkeypatch.setattr(Launch, "__call__", watched)
     for kernel in gpu.PROFILED:
-        run(kernels, kernel, operands(Problem(kernel, *SIZES["tiny"], p=0.1), "cpu"))
+        launch(kernel, operands(Problem(kernel, *SIZES["tiny"]), "cpu"))
     torchs = [
         "vectorized_elementwise_kernel",
         "distribution_elementwise_grid_stride_kernel",
@@ -209,3 +211,51 @@ def test_the_profiler_counts_our_launches_alone(tmp_path: Path, monkeypatch: pyt
     ]
     counted = [name for name in [*launched, "_persistent_kernel", *torchs] if re.search(pattern, name)]
     assert kind == "regex" and counted == ["_expand_kernel", "_expand_kernel", "_dy_kernel", "_persistent_kernel"]
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the package compiles, and its GEMMs once at a size where tables ask for descriptors."""
+    seen = set()
+    call = Launch.__call__
+
+    def watched(self: Launch, *given: Any) -> None:
+        seen.add(self.kernel.fn.__name__)
+        call(self, *given)
+
+    monkeypatch.setattr(Launch, "__call__", watched)
+    assert probe.main(["--device", "cpu", "--size", "tiny", "--unchecked"]) == 0
+    modules = [import_module(f"fastlora_kernels.{m.name}") for m in pkgutil.iter_modules(fastlora_kernels.__path__)]
+    every = {name for module in modules for name in vars(module) if re.fullmatch("_.+_kernel", name)}
+    assert seen == every - {"_persistent_kernel"} and len(seen) > 10
+    M, N, K, R = SIZES["described"]
+    for kernel in probe.GEMMS:
+        problem = Problem(kernel, M, N, K, R, p=0.1)
+        assert fastlora_kernels.tile(kernel, "sm_90", problem.dtype, **problem.sizes).tma
+        assert N % 16 == K % 16 == 0, "what a descriptor takes"
+
+
+@pytest.mark.parametrize("memory, races, state", [
+    ("0 errors", "0 hazards displayed (0 errors, 0 warnings)", "ok"),
+    ("0 errors", "3 hazards displayed (3 errors, 0 warnings)", "see run.log"),
+    ("2 errors", "0 hazards displayed (0 errors, 0 warnings)", "see run.log"),
+    (None, "0 hazards displayed (0 errors, 0 warnings)", "see run.log"),
+])  # fmt: skip
+def test_both_checks_run_at_once_and_each_is_heard(
+    memory: str | None, races: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tools that say what compute-sanitizer says, and wait for each other."""
+    says = {"memcheck": f"ERROR SUMMARY: {memory}", "racecheck": f"RACECHECK SUMMARY: {races}"}
+    other = {"memcheck": "racecheck", "racecheck": "memcheck"}
+    lines = [
+        f'{check}) touch {tmp_path}/{check}; until [ -e {tmp_path}/{other[check]} ]; do sleep 0.1; done; '
+        f'{"exit 1" if "None" in said else f"echo ========= {said!r}"};;'
+        for check, said in says.items()
+    ]  # fmt: skip
+    program(tmp_path / "compute-sanitizer", "\n".join(["case $2 in", *lines, "esac"]))
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", "exit 0"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpu.sanitize(gpu.Run("cuda", tmp_path), 5)
+    wanted = f"{memory}" if memory else "no summary, exit code 1"
+    assert found == {"state": state, "bare": "ok", "memcheck": wanted, "racecheck": f"{races[0]} errors"}
+    words = (tmp_path / "run.log").read_text()
+    assert words.count("--described") == 3 and words.count("--jobs") == 1
