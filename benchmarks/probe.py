@@ -273,11 +273,18 @@ def refusal(error: Exception) -> str | None:
     return None
 
 
+def _wait(device: str) -> None:
+    """What goes wrong on a GPU is said at the next synchronisation."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def attempt(size: str, kernel: str, device: str, unchecked: bool) -> bool:
     """Launch one, and say its error unless unchecked.   Returns whether its results pass."""
     M, N, K, R = SIZES[size]
     if kernel == MULTI:
         launch_multi(M, N, K, R, device)
+        _wait(device)
         print(f"{size} {kernel:13}launched")
         return True
     torch.manual_seed(0)
@@ -285,6 +292,7 @@ def attempt(size: str, kernel: str, device: str, unchecked: bool) -> bool:
     t = operands(Problem(kernel, M, N, K, R, p=0.1, others=members), device)
     if unchecked:
         launch(kernel, t)
+        _wait(device)
         return True
     yardstick = Yardstick.of(kernel, t)
     results = launch(kernel, t)
@@ -314,8 +322,6 @@ def main(argv: list[str] | None = None) -> int:
             good = list(pool.map(attempt, *zip(*given, strict=True)))
     else:
         good = [attempt(*case) for case in given]
-    if args.device == "cuda":
-        torch.cuda.synchronize()
     return 0 if all(good) else 1
 
 

@@ -79,8 +79,8 @@ class Grid:
         if kernel.startswith("group"):
             yield from self._of_groups(kernel)
         elif kernel.startswith("glu"):
-            N, K = self.layers[-1]
-            for p, (main, adapter) in itertools.product((0.1, 0.0), self.group_mixes):
+            (N, K), forms = self.layers[-1], itertools.product((0.1, 0.0), self.group_mixes)
+            for p, (main, adapter) in forms if kernel == "glu" else [(0.0, self.group_mixes[0])]:
                 yield Problem(kernel, self.rows[0], N, K, self.ranks[0], main, adapter, p)
         else:
             for (main, adapter), M, R, (N, K) in itertools.product(self.mixes, self.rows, self.ranks, self.layers):
