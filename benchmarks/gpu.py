@@ -7,6 +7,7 @@ Files in $OUT, or under benchmarks/results/<device>/: run.json (what each part c
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ BUDGETS = {"environment": 15, "tests": 150, "tune": 135, "bench": 150, "sanitize
 """Seconds of each part, 520 together: the whole ends inside nine minutes."""
 
 PROFILED = ("expand", "dx", "dy")
+OURS = "regex:^_(expand|persistent|dy)_kernel$"
+"""What ncu counts: the launches of PROFILED, and neither torch's kernels nor a sum of their parts."""
 
 
 @dataclass
@@ -53,28 +56,40 @@ class Run:
         """What a part that stops by itself is told: most of its time on a GPU, a twentieth of it on a CPU."""
         return f"{seconds * self.scale * (0.85 if self.device == 'cuda' else 0.05):.0f}"
 
-    def command(self, *words: str, seconds: float, env: dict[str, str] | None = None) -> tuple[int | None, str]:
+    def command(self, *words: str, seconds: float) -> tuple[int | None, str]:
         """Run one, its output to the log.   Returns (exit code, None when time ran out; the output)."""
-        self.log.write(f"\n$ {' '.join(words)}\n")
+        (code,), text = self.together(words, seconds=seconds)
+        return code, text
+
+    def together(self, *commands: Sequence[str], seconds: float) -> tuple[list[int | None], str]:
+        """Run some side by side, as `command` does one; their outputs are mixed line by line."""
+        self.log.write("".join(f"\n$ {' '.join(words)}\n" for words in commands))
         self.log.flush()
-        start = self.log.tell()
-        child = {**os.environ, **self.environment(), **(env or {})}
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=child, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        code: int | None
+        start, deadline = self.log.tell(), time.monotonic() + seconds * self.scale
+        child = {**os.environ, **self.environment()}
+        running: list[subprocess.Popen[bytes]] = []
+        codes: list[int | None] = [None] * len(commands)
         try:
-            code = process.wait(seconds * self.scale)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            code = None
+            for words in commands:
+                running.append(
+                    subprocess.Popen(
+                        words, cwd=ROOT, env=child, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
+                )
+            for at, process in enumerate(running):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    codes[at] = process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # done, out of time or interrupted: what they started goes with them
+            for process in running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         self.log.flush()
         with Path(self.log.name).open(errors="replace") as log:
             log.seek(start)
             text = log.read()
         self.log.seek(0, os.SEEK_END)
-        return code, text
+        return codes, text
 
     def environment(self) -> dict[str, str]:
         paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
@@ -107,6 +122,8 @@ def environment(run: Run, seconds: float) -> dict[str, Any]:
 
 def tests(run: Run, seconds: float) -> dict[str, Any]:
     """The tests that carry the marker gpu; on a CPU their interpreted twins at one rank."""
+    if missing := [name for name in ("pytest", "hypothesis") if not _has(name)]:
+        return {"state": "skipped", "why": f"{' and '.join(missing)} not installed"}
     which = ["-m", "gpu", "tests"] if run.device == "cuda" else ["-k", "fp32-16", "tests/test_kernels.py"]
     # a worker a core: they compile most of the time
     workers = ["-n", str(os.cpu_count())] if run.device == "cuda" and _has("xdist") else []
@@ -141,7 +158,10 @@ def bench(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def sanitize(run: Run, seconds: float) -> dict[str, Any]:
-    """memcheck and racecheck over every kernel on a small case; on a CPU the same case, bare."""
+    """memcheck and racecheck over every kernel on a small case; on a CPU a smaller case, bare.
+
+    Both at once, after all was compiled side by side: in turn, what they start and compile would fill the time.
+    """
     probe = [sys.executable, "-m", "benchmarks.probe", "--device", run.device]
     if run.device == "cpu":
         code, _ = run.command(*probe, "--size", "tiny", seconds=seconds)
@@ -149,14 +169,19 @@ def sanitize(run: Run, seconds: float) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"state": "skipped", "why": "compute-sanitizer is not on PATH"}
+    probe += ["--size", "small", "--described", "--unchecked"]
+    start = time.monotonic()
+    bare, _ = run.command(*probe, "--jobs", str(os.cpu_count() or 2), seconds=seconds / 2)
+    left = seconds - (time.monotonic() - start) / run.scale
+    checks = {"memcheck": r"ERROR SUMMARY: (\d+)", "racecheck": r"RACECHECK SUMMARY: (\d+)"}
+    words = [[tool, "--tool", check, "--error-exitcode", "9", *probe] for check in checks]
+    codes, text = run.together(*words, seconds=left)
     found = {}
-    for check in ("memcheck", "racecheck"):
-        words = [tool, "--tool", check, "--error-exitcode", "9", *probe, "--size", "small", "--unchecked"]
-        code, text = run.command(*words, seconds=seconds / 2)
-        errors = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", text)
+    for (check, pattern), code in zip(checks.items(), codes, strict=True):
+        errors = re.search(pattern, text)
         found[check] = f"{errors[1]} errors" if errors else f"no summary, {_ended(code)}"
-    clean = all(said.startswith("0 ") for said in found.values())
-    return {"state": "ok" if clean else "see run.log", **found}
+    clean = bare == 0 and all(code == 0 and found[check][:2] == "0 " for code, check in zip(codes, found, strict=True))
+    return {"state": "ok" if clean else "see run.log", "bare": _ended(bare), **found}
 
 
 def profile(run: Run, seconds: float) -> dict[str, Any]:
@@ -174,7 +199,7 @@ def profile(run: Run, seconds: float) -> dict[str, Any]:
         return {"state": "skipped", "why": "ncu is not on PATH", "ideal_bytes": ideal}
     metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
     # the clocks stay as they are: the card is shared with others after us
-    words = [tool, "--csv", "--clock-control", "none", "--metrics", metrics, "--kernel-name", "regex:_kernel$", *probe]
+    words = [tool, "--csv", "--clock-control", "none", "--metrics", metrics, "--kernel-name", OURS, *probe]
     code, text = run.command(*words, seconds=seconds)
     return {"state": _ended(code), "ideal_bytes": ideal, "measured": counters(text)}
 
@@ -234,12 +259,18 @@ def main(argv: list[str] | None = None) -> int:
             outcome = PARTS[part](run, BUDGETS[part])
         except Exception as error:  # the parts after it still have something to tell
             outcome = {"state": f"{type(error).__name__}: {error}"}
+        except KeyboardInterrupt:
+            outcome = {"state": "interrupted"}
         outcome["seconds"] = round(time.monotonic() - start, 1)
         run.keep(part, outcome)
         print(f"{part:12}{outcome['seconds']:6.1f} s  {outcome['state']}", flush=True)
+        if outcome["state"] == "interrupted":
+            break
     print(f"written to {out}")
     return 0 if all(outcome["state"] in ("ok", "skipped") for outcome in run.outcomes.values()) else 1
 
 
 if __name__ == "__main__":
+    for ends in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the parts' children are in groups of their own
+        signal.signal(ends, signal.default_int_handler)
     sys.exit(main())

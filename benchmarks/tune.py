@@ -1,8 +1,9 @@
 """The offline tuner: measures the tiles of a table's rows, and where *fused* beats *split*; writes a table.
 
 Each row keeps its bounds. Its tile is improved by steps to the neighbouring tiles, timed on the problems that reach the
-row, until no step helps; what does not compile, does not fit or fails the tolerance policy is no candidate. Rows come
-in the order in which their time matters, and those that the budget does not reach keep their tile and source.
+row (all neighbours on its first, the quickest on all), until no step helps; what does not compile, does not fit or
+fails the tolerance policy is no candidate. Rows come in the order in which their time matters, and those that the
+budget does not reach keep their tile and source.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import torch
 import fastlora_kernels as kernels
 from benchmarks.adopt import write
 from benchmarks.audit_cases import AXES
-from benchmarks.probe import DTYPES, KERNELS, Problem, Yardstick, operands, run
-from benchmarks.strategies import Race, strategy_rows, warm_both
+from benchmarks.probe import DTYPES, GEMMS, KERNELS, Problem, Yardstick, launch, operands, refusal
+from benchmarks.strategies import Race, on_top, strategy_rows, warm_both
 from fastlora_kernels import Tile, table
 from fastlora_kernels.tables import admits
 
@@ -38,8 +39,12 @@ LIMITS = {
     **{f"BLOCK_{axis}": (16, 256) for axis in "MNK"},
     **{"BLOCK_R": (16, 64), "num_warps": (2, 8), "GROUP_M": (2, 64)},
 }
+UNBOUND = LIMITS | {"BLOCK_M": (1, 256), "BLOCK_K": (16, 1024)}
+"""Those of glu_backward, which has no matmul."""
 WORTH = 0.98
 """A step must save two per cent: less is noise."""
+PROMISING, FEW = 1.05, 3
+"""Of a tile's neighbours, how many go on to a row's further problems, and at most how much slower on its first."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,39 @@ class Grid:
     groups: tuple[tuple[tuple[int, ...], int], ...]
     """(N of each member, K) of layers that share an input: q, k, v and gate, up."""
 
+    group_mixes: tuple[tuple[str, str], ...]
+
     def races(self) -> Iterator[Race]:
         """Each layer's expand and dx, and each group's dx; a dx without masks and with all. What matters most first."""
         R = self.ranks[0]
-        for (main, adapter), M in itertools.product(self.mixes, self.rows):
+        for (main, adapter), M in itertools.product(dict(self.mixes).items(), self.rows):
             for N, K in self.layers:
-                yield Race((Problem("expand", M, N, K, R, main, adapter),), 0)
-            for Ns, K in (*(((N,), K) for N, K in self.layers), *self.groups):
-                members = tuple(Problem("dx", M, N, K, R, main, adapter) for N in Ns)
-                yield from (Race(members, masks) for masks in (0, len(Ns)))
+                yield Race(Problem("expand", M, N, K, R, main, adapter))
+            for kernel, (N, *others), K in (
+                *(("dx", (N,), K) for N, K in self.layers),
+                *(("group_dx", Ns, K) for Ns, K in self.groups),
+            ):
+                for p in (0.0, 0.1):
+                    yield Race(Problem(kernel, M, N, K, R, main, adapter, p, tuple(others)))
 
     def problems(self, kernel: str) -> Iterator[Problem]:
-        for main, adapter in self.mixes:
-            for M in self.rows:
-                for R in self.ranks:
-                    for N, K in self.layers:
-                        yield Problem(kernel, M, N, K, R, main, adapter, p=0.1 if self.layers[-1] == (N, K) else 0.0)
+        if kernel.startswith("group"):
+            yield from self._of_groups(kernel)
+        elif kernel.startswith("glu"):
+            (N, K), forms = self.layers[-1], itertools.product((0.1, 0.0), self.group_mixes)
+            for p, (main, adapter) in forms if kernel == "glu" else [(0.0, self.group_mixes[0])]:
+                yield Problem(kernel, self.rows[0], N, K, self.ranks[0], main, adapter, p)
+        else:
+            for (main, adapter), M, R, (N, K) in itertools.product(self.mixes, self.rows, self.ranks, self.layers):
+                yield Problem(kernel, M, N, K, R, main, adapter, p=0.1 if self.layers[-1] == (N, K) else 0.0)
+
+    def _of_groups(self, kernel: str) -> Iterator[Problem]:
+        """At the most rows: each dropout, adapter and group, in an order whose first half has every pair of them."""
+        choices = [(0.1, 0.0), self.group_mixes, self.groups]
+        every = itertools.product(*map(range, map(len, choices)))
+        for corner in sorted(every, key=lambda corner: sum(corner) % 2):
+            p, (main, adapter), ((N, *others), K) = (of[at] for of, at in zip(choices, corner, strict=True))
+            yield Problem(kernel, self.rows[0], N, K, self.ranks[0], main, adapter, p, tuple(others))
 
 
 GRIDS = {
@@ -78,11 +100,14 @@ GRIDS = {
         rows=(8192, 2048, 512, 64, 16, 1),
         layers=((4096, 4096), (14336, 4096), (4096, 14336)),
         ranks=(16, 64, 256),
-        mixes=(("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")),
+        mixes=(("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")),
         source="measured",
         groups=(((4096, 1024, 1024), 4096), ((14336, 14336), 4096)),
+        group_mixes=(("bf16", "bf16"), ("bf16", "fp32")),
     ),
-    "cpu": Grid((24, 7), ((40, 56), (56, 40)), (4,), (("fp32", "fp32"),), "stub clock", (((40, 24), 56),)),
+    "cpu": Grid(
+        (24, 7), ((40, 56), (56, 40)), (4,), (("fp32", "fp32"),), "stub clock", (((40, 24), 56),), (("fp32", "fp32"),)
+    ),
 }
 
 
@@ -104,9 +129,9 @@ def stub_clock(launch: Callable[[], Any], t: Tile | None) -> float:
 def neighbours(kernel: str, t: Tile) -> list[Tile]:
     """The tiles one step away on each axis that the kernel reads."""
     found = []
-    gemm = kernel in ("expand", "dx")
+    gemm, limits = kernel in GEMMS, UNBOUND if kernel == "glu_backward" else LIMITS
     for axis in [f"BLOCK_{letter}" for letter in AXES[kernel]] + ["num_warps"] + ["GROUP_M"] * gemm:
-        least, most = LIMITS[axis]
+        least, most = limits[axis]
         value = getattr(t, axis)
         found += [replace(t, **{axis: v}) for v in (value * 2, value // 2) if least <= v <= most]
     if gemm:
@@ -119,15 +144,14 @@ def neighbours(kernel: str, t: Tile) -> list[Tile]:
 
 
 def reaching(
-    rows: Sequence[dict[str, Any]], index: int, problems: Iterable[Problem], at_most: int = 3
+    rows: Sequence[dict[str, Any]], index: int, problems: Iterable[Problem], at_most: int = 4
 ) -> list[Problem]:
     """The problems whose first admitting row is this one: as large as they come, of different layers."""
-    found: dict[tuple[int, ...], Problem] = {}
+    found: dict[tuple[Any, ...], Problem] = {}
     for problem in problems:
-        sizes = {"M": problem.M, "N": problem.width, "R": problem.R}
-        first = next((i for i, row in enumerate(rows) if admits(row, problem.dtype, **sizes)), None)
+        first = next((i for i, row in enumerate(rows) if admits(row, problem.dtype, **problem.sizes)), None)
         if first == index:
-            found.setdefault((problem.N, problem.K), problem)
+            found.setdefault((problem.Ns, problem.K, problem.adapter, problem.p), problem)
     return list(found.values())[:at_most]
 
 
@@ -136,46 +160,53 @@ class Bench:
 
     def __init__(self, problems: list[Problem], device: str, timer: Timer) -> None:
         self.problems, self.timer = problems, timer
+        torch.manual_seed(0)  # whatever was raced before: of a few fp32 numbers one draw in ten errs over the bound
         self.operands = [operands(problem, device) for problem in problems]
+        self.written = [t.apart() for t in self.operands]
         self.yardstick = Yardstick.of(problems[0].kernel, self.operands[0])
+        self.times: dict[tuple[Tile, int], float] = {}
         self.scores: dict[Tile, float] = {}
         self.refusals: dict[Tile, str] = {}
 
     def score(self, t: Tile) -> float:
         """Milliseconds; infinite for a tile that does not run, or runs wrong."""
         if t not in self.scores:
-            try:
-                self.scores[t] = self._score(t)
-            except Exception as error:  # the compiler's and the driver's refusals have no common type
-                if not _refused(error):
-                    raise
-                self.refuse(t, f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}")
+            logs = 0.0
+            for at in range(len(self.problems)):
+                logs += math.log(self.time(t, at)) if logs < math.inf else 0.0
+            self.scores[t] = math.exp(logs / len(self.problems))
         return self.scores[t]
 
+    def time(self, t: Tile, at: int) -> float:
+        """Milliseconds on one of the problems, the first of which it must compute right."""
+        if (t, at) not in self.times:
+            try:
+                self.times[t, at] = self._time(t, at)
+            except Exception as error:
+                why = refusal(error)
+                if why is None:
+                    raise
+                self.times[t, at] = self.refuse(t, why)
+        return self.times[t, at]
+
     def refuse(self, t: Tile, why: str) -> float:
-        self.scores[t], self.refusals[t] = math.inf, why
+        self.refusals[t] = why
         return math.inf
 
-    def _score(self, t: Tile) -> float:
+    def _time(self, t: Tile, at: int) -> float:
         kernel = self.problems[0].kernel
-        if not self.yardstick.admits(run(kernels, kernel, self.operands[0], config=t)):
+        if at == 0 and not self.yardstick.admits(launch(kernel, self.operands[0].apart(), t)):
             return self.refuse(t, "its results err more than the tolerance policy allows")
-        times = [self.timer(lambda o=o: run(kernels, kernel, o, config=t), t) for o in self.operands]  # type: ignore[misc]
-        return math.exp(sum(map(math.log, times)) / len(times))
-
-
-def _refused(error: Exception) -> bool:
-    """Whether Triton or ptxas refused the tile: too much shared or tensor memory, a shape it cannot compile."""
-    return type(error).__module__.startswith("triton") or "Triton" in str(error) or "ptxas" in str(error)
+        return self.timer(lambda: launch(kernel, self.written[at], t), t)
 
 
 def warm(problem: Problem, t: Tile) -> None:
     """Compile into Triton's cache by launching once, in a process of its own."""
     try:
-        run(kernels, problem.kernel, operands(problem, "cuda"), config=t)
+        launch(problem.kernel, operands(problem, "cuda"), t)
         torch.cuda.synchronize()
     except Exception as error:
-        if not _refused(error):
+        if refusal(error) is None:
             raise
 
 
@@ -189,6 +220,7 @@ class Tuner:
         self.table: dict[str, Any] = {name: copy.deepcopy(v) for name, v in table(arch).items() if name != "name"}
         context = multiprocessing.get_context("spawn")
         self.raced: dict[Race, dict[str, Any]] = {}
+        self.earlier = self.table["strategy"]
         self.pool = ProcessPoolExecutor(jobs, mp_context=context) if jobs else None
 
     @property
@@ -231,12 +263,20 @@ class Tuner:
             yield {"kernel": kernel, "row": index, "from": asdict(start), "to": asdict(best), "gain": gain}
 
     def descend(self, bench: Bench, kernel: str, start: Tile) -> Tile:
+        """Step to the best neighbour until none is better; only those that are quick on the first problem see all."""
         best = start
         while True:
-            around = [t for t in neighbours(kernel, best) if t not in bench.scores]
-            if self.pool is not None:
-                list(self.pool.map(warm, [bench.problems[0]] * len(around), around))
+            around = [t for t in neighbours(kernel, best) if (t, 0) not in bench.times]
+            self.compile(bench.problems[:1], [best, *around])
             for t in [best, *around]:
+                if self.late and t != start:
+                    break
+                bench.time(t, 0)
+            most = PROMISING * bench.time(best, 0)
+            quick = sorted((bench.times.get((t, 0), math.inf), at) for at, t in enumerate(around))
+            few = [around[at] for time, at in quick[:FEW] if time < most and not self.late]
+            self.compile(bench.problems[1:], [t for t in [best, *few] if t not in bench.scores])
+            for t in [best, *few]:
                 if self.late and t != start:
                     break
                 bench.score(t)
@@ -245,45 +285,63 @@ class Tuner:
                 return best if bench.score(best) < math.inf else better
             best = better
 
+    def compile(self, problems: Sequence[Problem], tiles: Sequence[Tile]) -> None:
+        """Side by side, each form of the kernel that the problems take with each of the tiles."""
+        forms = {(problem.main, problem.adapter, problem.p > 0, len(problem.Ns)): problem for problem in problems}
+        if self.pool is not None:
+            list(self.pool.map(warm, *zip(*itertools.product(forms.values(), tiles), strict=True)))
+
     def strategies(self) -> Iterator[dict[str, Any]]:
         """Time *fused* beside *split* on the grid's layers, with the tiles as they now are, and put rows on top.
 
         What an earlier call measured stays until it is measured again.
-        Yields {"kernel", "M", "N", "K", "dtype", "masks", "fused", "split"} (ms).
+        Yields {"kernel", "M", "N", "K", "dtype", "masks", "fused", "split"} (ms); "why" where one does not compile.
         """
         races = [self.with_tiles(race) for race in self.grid.races()]
-        for start in range(0, len(races), 8):
-            few = races[start : start + 8]
+        at_once = 8 if self.pool is not None else 1
+        for start in range(0, len(races), at_once):
+            few = races[start : start + at_once]
             if self.late:
                 break
             if self.pool is not None:
                 list(self.pool.map(warm_both, few))
             for race in few:
-                times = {way: self.timer(run_it, None) for way, run_it in race.ways(self.device).items()}
+                try:
+                    times = {way: self.timer(run_it, None) for way, run_it in race.ways(self.device).items()}
+                except Exception as error:
+                    why = refusal(error)
+                    if why is None:
+                        raise
+                    yield {**race.sizes, "why": why}
+                    continue
                 self.raced[replace(race, tiles=None)] = found = {**race.sizes, **times}
-                kept = [row for row in self.table["strategy"] if row["source"] == "predicted"]
-                self.table["strategy"] = [*strategy_rows(list(self.raced.values()), self.grid.source), *kept]
+                rows = strategy_rows(list(self.raced.values()), self.grid.source)
+                self.table["strategy"] = on_top(rows, self.earlier)
                 yield found
 
     def with_tiles(self, race: Race) -> Race:
-        """A layer's race with the tiles that its two ways take; a group's take those of the package's table."""
-        if len(race.members) > 1:
-            return race
-        (problem,) = race.members
-        return replace(race, tiles=(self.tile_of(problem), self.tile_of(replace(problem, kernel="add"))))
+        """The race with the tiles that its two ways take."""
+        add = "group_add" if race.problem.kernel == "group_dx" else "add"
+        return replace(race, tiles=(self.tile_of(race.problem), self.tile_of(replace(race.problem, kernel=add))))
 
     def tile_of(self, problem: Problem) -> Tile:
-        sizes = {"M": problem.M, "N": problem.width, "R": problem.R}
         rows = self.table["tiles"][problem.kernel]
-        return Tile(**next(row["tile"] for row in rows if admits(row, problem.dtype, **sizes)))
+        return Tile(**next(row["tile"] for row in rows if admits(row, problem.dtype, **problem.sizes)))
 
 
-def race_strategies(tuner: Tuner, path: Path) -> None:
+def race_strategies(tuner: Tuner, path: Path) -> int:
+    """Say and write each race.   Returns how many did not compile."""
+    broken = 0
     for way in tuner.strategies():
         sizes = f"M {way['M']:5}  N {way['N']:5}  K {way['K']:5}  {way['masks']} masks"
+        if "why" in way:
+            broken += 1
+            print(f"{way['kernel']:9}{way['dtype']} {sizes}  left out: {way['why']}", flush=True)
+            continue
         times = f"fused {way['fused']:.3f} ms  split {way['split']:.3f} ms"
         print(f"{way['kernel']:9}{way['dtype']} {sizes}  {times}", flush=True)
         write(path, tuner.table)
+    return broken
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -296,22 +354,21 @@ def main(argv: list[str] | None = None) -> int:
     arch = kernels.arch(torch.empty(0, device=args.device))
     on_gpu = args.device == "cuda"
     timer = event_clock if on_gpu else stub_clock
-    jobs = min(8, (os.cpu_count() or 2) // 2) if on_gpu else 0
+    jobs = min(12, (os.cpu_count() or 2) * 3 // 4) if on_gpu else 0
     tuner = Tuner(arch, args.device, timer, start + 0.35 * args.seconds, jobs)
     path = args.out / f"{arch}.json"
-    race_strategies(tuner, path)  # first, for they may gain most, and again with the tiles that were found
+    broken = race_strategies(tuner, path)  # first, for they may gain most, and again with the tiles that were found
     tuner.deadline = start + 0.8 * args.seconds
-    broken = 0
     for found in tuner.tiles():
         if found["to"] is None:
             broken += 1
-            print(f"{found['kernel']:8}row {found['row']}  no tile near {found['from']}: {found['why']}", flush=True)
+            print(f"{found['kernel']:13}row {found['row']}  no tile near {found['from']}: {found['why']}", flush=True)
             continue
         changed = {k: v for k, v in found["to"].items() if v != found["from"][k]}
-        print(f"{found['kernel']:8}row {found['row']}  {found['gain']:.2f}×  {changed or 'kept'}", flush=True)
+        print(f"{found['kernel']:13}row {found['row']}  {found['gain']:.2f}×  {changed or 'kept'}", flush=True)
         write(path, tuner.table)
     tuner.deadline = start + args.seconds
-    race_strategies(tuner, path)
+    broken += race_strategies(tuner, path)
     write(path, tuner.table)
     sources = [row["source"] for rows in tuner.table["tiles"].values() for row in rows]
     print(f"{path}: {sources.count(tuner.grid.source)} of {len(sources)} tiles {tuner.grid.source}")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pkgutil
+import re
+import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import gpu
+import fastlora_kernels
+from benchmarks import gpu, probe
+from benchmarks.probe import SIZES, Problem, launch, operands
 from benchmarks.records import read
+from fastlora_kernels.launch import Launch
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,6 +32,33 @@ def make(*words: str) -> list[str]:
 
 def environment(out: Path) -> dict[str, str]:
     return {**os.environ, "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def program(path: Path, script: str) -> str:
+    """A shell script to start in another's place."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def started_with(out: Path) -> list[int]:
+    """The processes, of all that run, that were told to write to `out`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"OUT={out}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
+
+
+def left_by(out: Path) -> list[int]:
+    """Those that outlive what started them by five seconds; they are ended here."""
+    deadline = time.monotonic() + 5
+    while (found := started_with(out)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in found:
+        os.kill(pid, signal.SIGKILL)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +82,20 @@ def test_the_suites_are_timed_with_the_tuned_tables(out: Path) -> None:
     table = json.loads((out / "tables" / "interpreter.json").read_text())
     assert "stub clock" in {row["source"] for rows in table["tiles"].values() for row in rows}
     assert read(out / "linear.json").records
-    assert gpu.Run("cpu", out).environment()["FASTLORA_TABLES"] == str(out / "tables")
+
+
+@pytest.mark.parametrize("part", ["tests", "tune", "bench", "sanitize", "profile"])
+def test_what_a_part_starts_is_told_of_the_tuned_tables(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen by a program in Python's place."""
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", 'echo "tables: $FASTLORA_TABLES"'))
+    run, told = gpu.Run("cpu", tmp_path), f"tables: {tmp_path / 'tables'}"
+    gpu.PARTS[part](run, 10)
+    assert told not in (tmp_path / "run.log").read_text()
+    (tmp_path / "tables").mkdir()
+    gpu.PARTS[part](run, 10)
+    assert told in (tmp_path / "run.log").read_text().splitlines()
 
 
 def test_what_comes_back_fits_the_way_back(out: Path) -> None:
@@ -57,19 +106,35 @@ def test_what_comes_back_fits_the_way_back(out: Path) -> None:
     assert all(path.stat().st_size < 2**24 and len(path.relative_to(out).parts) <= 3 for path in files)
 
 
-def test_an_interrupted_run_leaves_what_it_had(tmp_path: Path) -> None:
+def test_an_interrupted_run_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        make("PARTS=environment tune"), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
-        start_new_session=True,
+        make("PARTS=environment tune bench"), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     table = tmp_path / "tables" / "interpreter.json"
     deadline = time.monotonic() + 120
     while not table.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, 9)
-    process.wait()
-    assert json.loads((tmp_path / "run.json").read_text())["environment"]["state"] == "ok"
+    assert len(started_with(tmp_path)) >= 3, "make, the command and the tuner"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal's Ctrl-C does
+    assert process.wait(20) != 0 and not left_by(tmp_path)
+    parts = json.loads((tmp_path / "run.json").read_text())
+    assert [part["state"] for part in parts.values()] == ["ok", "interrupted"]
     assert json.loads(table.read_text())["tiles"]
+
+
+@pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_the_command_ends_what_it_started(ends: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.gpu", "--parts", "tune bench", "--device", "cpu"],
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    log, deadline = tmp_path / "run.log", time.monotonic() + 60
+    while not (log.exists() and "benchmarks.tune" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(ends)
+    assert process.wait(20) == 1 and not left_by(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text())["tune"]["state"] == "interrupted"
 
 
 @pytest.mark.parametrize("words, said", [
@@ -99,3 +164,98 @@ def test_a_part_that_fails_or_stalls_does_not_stop_the_others(tmp_path: Path, mo
     parts = json.loads((tmp_path / "run.json").read_text())
     assert [part["state"] for part in parts.values()] == ["OSError: no such tool", "out of time", "ok"]
     assert parts["bench"]["seconds"] < 10 and "here" in (tmp_path / "run.log").read_text()
+
+
+@pytest.mark.parametrize("missing", [("pytest",), ("hypothesis",), ("pytest", "hypothesis")])
+def test_without_what_the_tests_need_they_are_skipped(
+    missing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "_has", lambda module: module not in missing)
+    assert gpu.main(["--parts", "tests", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    part = json.loads((tmp_path / "run.json").read_text())["tests"]
+    assert part["state"] == "skipped" and part["why"] == f"{' and '.join(missing)} not installed"
+
+
+def test_a_part_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that it started and left, nor those that run side by side when one is out of time."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    run = gpu.Run("cpu", tmp_path)
+    code, text = run.command("sh", "-c", "sleep 60 & echo over", seconds=5)
+    assert (code, text) == (0, "over\n")
+    codes, text = run.together(["sh", "-c", "echo quick"], ["sh", "-c", "sleep 60 & sleep 60"], seconds=0.5)
+    assert codes == [0, None] and "quick" in text
+    assert not left_by(tmp_path)
+
+
+def test_the_profiler_counts_our_launches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    program(tmp_path / "ncu", 'for word in "$@"; do echo "word: $word"; done')
+    assert gpu.profile(gpu.Run("cuda", tmp_path), 5)["state"] == "ok"
+    words = re.findall("word: (.*)", (tmp_path / "run.log").read_text())
+    kind, pattern = words[words.index("--kernel-name") + 1].split(":", 1)
+    launched: list[str] = []
+    call = Launch.__call__
+
+    def watched(self: Launch, *given: Any) -> None:
+        launched.append(self.kernel.fn.__name__)
+        call(self, *given)
+
+    monkeypatch.setattr(Launch, "__call__", watched)
+    for kernel in gpu.PROFILED:
+        launch(kernel, operands(Problem(kernel, *SIZES["tiny"]), "cpu"))
+    torchs = [
+        "vectorized_elementwise_kernel",
+        "distribution_elementwise_grid_stride_kernel",
+        "_reduce_kernel",
+        "_x_kernel",
+    ]
+    counted = [name for name in [*launched, "_persistent_kernel", *torchs] if re.search(pattern, name)]
+    assert kind == "regex" and counted == ["_expand_kernel", "_expand_kernel", "_dy_kernel", "_persistent_kernel"]
+
+
+def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the package compiles, and its GEMMs once at a size where tables ask for descriptors."""
+    seen = set()
+    call = Launch.__call__
+
+    def watched(self: Launch, *given: Any) -> None:
+        seen.add(self.kernel.fn.__name__)
+        call(self, *given)
+
+    monkeypatch.setattr(Launch, "__call__", watched)
+    assert probe.main(["--device", "cpu", "--size", "tiny", "--unchecked"]) == 0
+    modules = [import_module(f"fastlora_kernels.{m.name}") for m in pkgutil.iter_modules(fastlora_kernels.__path__)]
+    every = {name for module in modules for name in vars(module) if re.fullmatch("_.+_kernel", name)}
+    assert seen == every - {"_persistent_kernel"} and len(seen) > 10
+    M, N, K, R = SIZES["described"]
+    for kernel in probe.GEMMS:
+        problem = Problem(kernel, M, N, K, R, p=0.1)
+        assert fastlora_kernels.tile(kernel, "sm_90", problem.dtype, **problem.sizes).tma
+        assert N % 16 == K % 16 == 0, "what a descriptor takes"
+
+
+@pytest.mark.parametrize("memory, races, state", [
+    ("0 errors", "0 hazards displayed (0 errors, 0 warnings)", "ok"),
+    ("0 errors", "3 hazards displayed (3 errors, 0 warnings)", "see run.log"),
+    ("2 errors", "0 hazards displayed (0 errors, 0 warnings)", "see run.log"),
+    (None, "0 hazards displayed (0 errors, 0 warnings)", "see run.log"),
+])  # fmt: skip
+def test_both_checks_run_at_once_and_each_is_heard(
+    memory: str | None, races: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By tools that say what compute-sanitizer says, and wait for each other."""
+    says = {"memcheck": f"ERROR SUMMARY: {memory}", "racecheck": f"RACECHECK SUMMARY: {races}"}
+    other = {"memcheck": "racecheck", "racecheck": "memcheck"}
+    lines = [
+        f'{check}) touch {tmp_path}/{check}; until [ -e {tmp_path}/{other[check]} ]; do sleep 0.1; done; '
+        f'{"exit 1" if "None" in said else f"echo ========= {said!r}"};;'
+        for check, said in says.items()
+    ]  # fmt: skip
+    program(tmp_path / "compute-sanitizer", "\n".join(["case $2 in", *lines, "esac"]))
+    monkeypatch.setattr(sys, "executable", program(tmp_path / "python", "exit 0"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = gpu.sanitize(gpu.Run("cuda", tmp_path), 5)
+    wanted = f"{memory}" if memory else "no summary, exit code 1"
+    assert found == {"state": state, "bare": "ok", "memcheck": wanted, "racecheck": f"{races[0]} errors"}
+    words = (tmp_path / "run.log").read_text()
+    assert words.count("--described") == 3 and words.count("--jobs") == 1

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import adopt, gpu, tune
+from benchmarks import adopt, gpu, strategies, tune
 from benchmarks.adopt import checked, text_of
+from benchmarks.probe import GEMMS, Yardstick, launch, operands
 from benchmarks.records import BadInput
-from benchmarks.strategies import strategy_rows
+from benchmarks.strategies import Race, on_top, strategy_rows
 from benchmarks.tune import Bench, Problem, Tuner, neighbours, reaching, stub_clock
 from fastlora_kernels import Tile, strategy, table, tile
 from fastlora_kernels.tables import FOLDER
@@ -27,10 +32,20 @@ def measured(source: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(source).replace("stub clock", "measured"))
 
 
+class OutOfResources(Exception):
+    """As Triton raises it where a tile does not fit."""
+
+    __module__ = "triton.runtime.errors"
+
+
+SMALL = dataclasses.replace(tune.GRIDS["cpu"], rows=(24,), layers=((40, 56),))
+
+
 @pytest.fixture(scope="module")
 def tuned() -> dict[str, Any]:
-    grid = dataclasses.replace(tune.GRIDS["cpu"], rows=(24,), layers=((40, 56),))
-    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=grid)
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL)
+    for kernel in GEMMS:  # nearer to the best than the table's, for each step interprets a GEMM
+        tuner.table["tiles"][kernel][0]["tile"] |= {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128}
     gains = list(tuner.tiles())
     assert {found["kernel"] for found in gains} == set(tune.KERNELS) and all(found["gain"] > 1 for found in gains)
     return tuner.table
@@ -48,20 +63,17 @@ def test_each_kernel_reaches_the_best_tile(tuned: dict[str, Any]) -> None:
 def test_a_tile_that_computes_wrong_or_does_not_compile_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench([Problem("shrink", 24, 40, 56, 4, "fp32", "fp32")], "cpu", stub_clock)
     good, wrong, refused = Tile(32, BLOCK_K=64), Tile(16, BLOCK_K=64), Tile(64, BLOCK_K=64)
-    right = tune.run
+    right = tune.launch
 
-    class OutOfResources(Exception):
-        __module__ = "triton.runtime.errors"
-
-    def run(module: Any, kernel: str, t: Any, config: Tile | None = None) -> Any:
+    def launch(kernel: str, t: Any, config: Tile | None = None) -> Any:
         if config == refused:
             raise OutOfResources
-        return tuple(result * (1.01 if config == wrong else 1) for result in right(module, kernel, t, config=config))
+        return tuple(result * (1.01 if config == wrong else 1) for result in right(kernel, t, config))
 
-    monkeypatch.setattr(tune, "run", run)
+    monkeypatch.setattr(tune, "launch", launch)
     assert bench.score(good) < math.inf and bench.score(wrong) == bench.score(refused) == math.inf
     assert list(bench.refusals) == [wrong, refused] and "tolerance" in bench.refusals[wrong]
-    monkeypatch.setattr(tune, "run", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(tune, "launch", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # an error of our own is not a refusal
         bench.score(Tile(128))
 
@@ -69,17 +81,112 @@ def test_a_tile_that_computes_wrong_or_does_not_compile_is_no_candidate(monkeypa
 def test_a_row_without_a_right_tile_is_said_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = dataclasses.replace(tune.GRIDS["cpu"], rows=(7,), layers=((16, 24),))
     tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=grid)
-    right, before = tune.run, json.dumps(tuner.table["tiles"]["shrink"])
+    right, before = tune.launch, json.dumps(tuner.table["tiles"]["shrink"])
 
-    def run(module: Any, kernel: str, *args: Any, **config: Any) -> Any:
-        results = right(module, kernel, *args, **config)
+    def launch(kernel: str, t: Any, config: Tile | None = None) -> Any:
+        results = right(kernel, t, config)
         return tuple(2 * result for result in results) if kernel == "shrink" and config else results
 
-    monkeypatch.setattr(tune, "run", run)
+    monkeypatch.setattr(tune, "launch", launch)
     monkeypatch.setattr(tune, "KERNELS", ("shrink", "x"))
     found = {entry["kernel"]: entry for entry in tuner.tiles()}
     assert found["shrink"]["to"] is None and "tolerance" in found["shrink"]["why"] and found["x"]["to"]
     assert json.dumps(tuner.table["tiles"]["shrink"]) == before
+
+
+def test_a_race_that_does_not_compile_is_said_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL)
+    right = strategies.launch
+
+    def launch(kernel: str, t: Any, config: Tile | None = None) -> Any:
+        if kernel == "dx" and t.bits is not None:
+            raise OutOfResources("Required: 300000, Hardware limit: 232448")
+        return right(kernel, t, config)
+
+    monkeypatch.setattr(strategies, "launch", launch)
+    assert tune.race_strategies(tuner, tmp_path / "interpreter.json") == 1
+    said = capsys.readouterr().out
+    assert "1 masks  left out: OutOfResources: Required: 300000" in said and said.count("fused ") == 4
+    found = [
+        (row["kernel"], row["max_masks"]) for row in tuner.table["strategy"] if row.get("kernel") in ("dx", "group_dx")
+    ]
+    assert found[:3] == [("dx", 0), ("group_dx", 0), ("group_dx", 2)]
+    monkeypatch.setattr(strategies, "launch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # an error of our own is no refusal
+        next(tuner.strategies())
+
+
+@pytest.mark.parametrize("warmed, given", [
+    (strategies.warm_both, (Race(Problem("expand", 24, 40, 56, 4)),)),
+    (tune.warm, (Problem("x", 24, 40, 56, 4), Tile(32))),
+])  # fmt: skip
+def test_what_is_compiled_ahead_may_be_refused(warmed: Any, given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise OutOfResources
+
+    for module in (strategies, tune):
+        monkeypatch.setattr(module, "operands", refuses)
+    warmed(*given)
+
+
+def test_groups_are_tuned_with_and_without_dropout_and_with_either_adapter() -> None:
+    """At Llama-3-8B's q, k, v and gate, up: a row's four problems hold every pair of group, adapter and dropout."""
+    qkv, gate_up = ((4096, 1024, 1024), 4096), ((14336, 14336), 4096)
+    for kernel in ("group_shrink", "group_x", "group_dy", "group_dx", "group_add"):
+        problems = list(tune.GRIDS["cuda"].problems(kernel))
+        forms = [((problem.Ns, problem.K), problem.adapter, problem.p) for problem in problems]
+        assert set(forms) == set(itertools.product((qkv, gate_up), ("bf16", "fp32"), (0.1, 0.0))) and len(forms) == 8
+        assert {(problem.M, problem.R, problem.main) for problem in problems} == {(8192, 16, "bf16")}
+        assert forms[0] == (qkv, "bf16", 0.1)
+        for i, j in itertools.combinations(range(3), 2):
+            assert len({(form[i], form[j]) for form in forms[:4]}) == 4
+    found = Tuner("sm_90", "cuda", stub_clock, time.monotonic()).rows()
+    assert {kernel for kernel, _, _ in found} == set(tune.KERNELS)
+    assert [kernel for kernel, _, _ in found[:5]] == ["group_shrink", "group_x", "group_dy", "expand", "dx"]
+    for kernel, index, problems in found[:7]:
+        assert len(problems) == 4 and table("sm_90")["tiles"][kernel][index]["tile"].get("tma", kernel not in GEMMS)
+    masked = [{problem.masks for problem in problems} for kernel, _, problems in found if kernel == "group_dx"]
+    assert masked == [{0}, {2, 3}]
+
+
+@pytest.mark.parametrize("kernel", ["x", "group_x", "dx", "add", "group_dx", "group_add"])
+def test_masks_are_timed_as_they_run(kernel: str) -> None:
+    """The x pass leaves them; dx reads them, whatever its seeds are."""
+    t = operands(Problem(kernel, 24, 40, 56, 4, "fp32", p=0.5, others=(16,) if "group" in kernel else ()), "cpu")
+    assert t.bits is not None
+    if kernel.endswith("x") and "d" not in kernel:
+        t.bits.fill_(255)
+        launch(kernel, t)
+        assert (t.bits[..., :7] != 255).any()
+    else:
+        assert all(map(torch.equal, launch(kernel, t.apart()), launch(kernel, replace(t.apart(), seeds=t.seeds + 9))))
+        assert Yardstick.of(kernel, t).admits(launch(kernel, t.apart()))
+
+
+def test_a_tile_is_checked_on_operands_that_nothing_was_added_to() -> None:
+    bench = Bench(
+        [Problem("add", 24, 40, 56, 4, "fp32", p=0.1)], "cpu", lambda launch, _: float(len([launch(), launch()]))
+    )
+    assert bench.score(Tile(32)) == bench.score(Tile(16)) == pytest.approx(2.0)
+
+
+def test_only_what_is_quick_on_the_first_problem_sees_them_all() -> None:
+    """And a tile that is quick there and slow elsewhere is not taken."""
+    problems = [Problem("shrink", 24, 40, 56, 4, "fp32", p=p) for p in (0.1, 0.0)]
+    asked: list[Tile] = []
+
+    def clock(_: Any, t: Tile) -> float:
+        asked.append(t)
+        seen = asked.count(t)
+        return {16: 5.0, 32: 3.0 if seen == 1 else 9.0, 64: 4.0, 128: 8.0}[t.BLOCK_M] + (t.BLOCK_K != 64) + t.num_warps
+
+    bench, start = Bench(problems, "cpu", clock), Tile(64, BLOCK_K=64, num_warps=2, num_stages=1)
+    tuner = Tuner("interpreter", "cpu", clock, time.monotonic() + 300, grid=SMALL)
+    assert tuner.descend(bench, "shrink", start) == start
+    counts = [asked.count(t) for t in (start, replace(start, BLOCK_M=32), replace(start, BLOCK_K=128))]
+    assert counts == [2, 2, 1]
 
 
 def test_no_time_leaves_the_table_as_it_was() -> None:
@@ -94,7 +201,7 @@ def test_rows_are_tuned_on_problems_that_reach_them(arch: str) -> None:
         rows = table(arch)["tiles"][kernel]
         for index, row in enumerate(rows):
             for problem in reaching(rows, index, tune.GRIDS["cuda"].problems(kernel)):
-                assert tile(kernel, arch, problem.dtype, problem.M, problem.width, problem.R) == Tile(**row["tile"])
+                assert tile(kernel, arch, problem.dtype, **problem.sizes) == Tile(**row["tile"])
 
 
 def test_neighbours_are_one_step_away_and_lawful() -> None:
@@ -112,45 +219,81 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
     assert not any(t.flatten or t.programs > 1 for t in neighbours("dx", described) if not t.tma)
 
 
-def test_strategies_by_layer_and_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
-    times = [
-        dict(kernel="expand", dtype="bf16", N=64, K=48, M=M, masks=0, fused=1.0, split=M / 700)
-        for M in (2048, 512, 1024, 1)
-    ]
-    masked = [
-        dict(kernel="group_dx", dtype="bf16", N=64, K=48, M=9, masks=masks, fused=masks, split=0.5) for masks in (3, 0)
-    ]
-    rows = strategy_rows(times, "measured")
-    assert [(row["strategy"], row.get("max_M")) for row in rows] == [("split", 512), ("fused", None)]
-    own = {
-        **table("sm_90"),
-        "strategy": [
-            *rows,
-            *strategy_rows(masked, "measured"),
-            {"strategy": "split", "source": "predicted", "why": "else"},
-        ],
-    }
-    adopt.write(tmp_path / "sm_90.json", {name: own[name] for name in own if name != "name"})
-    monkeypatch.setenv("FASTLORA_TABLES", str(tmp_path))
+def raced(kernel: str, M: int, fused: float, split: float, masks: int = 0, N: int = 64, K: int = 48) -> dict[str, Any]:
+    """What the tuner says of one race."""
+    return dict(kernel=kernel, dtype="bf16", N=N, K=K, M=M, masks=masks, fused=fused, split=split)
+
+
+@contextlib.contextmanager
+def installed(rows: list[dict[str, Any]], folder: Path) -> Iterator[None]:
+    """These rows as the strategies of sm_90."""
+    own = {name: value for name, value in table("sm_90").items() if name != "name"}
+    adopt.write(folder / "sm_90.json", {**own, "strategy": rows})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_TABLES", str(folder))
+        for cached in (table, strategy):
+            cached.cache_clear()
+        yield
     for cached in (table, strategy):
         cached.cache_clear()
-    try:
-        bf16 = torch.bfloat16
-        assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 9999)] == ["split", "fused", "fused"]
+
+
+ELSE = {"strategy": "split", "source": "predicted", "why": "else"}
+
+
+def test_strategies_by_layer_and_rows(tmp_path: Path) -> None:
+    """split up to 512 rows, fused from 1024 on, for one layer of expand alone; found again through the table."""
+    times = [raced("expand", M, 1.0, M / 700) for M in (2048, 512, 1024, 1)]
+    masked = [raced("group_dx", 9, masks, 0.5, masks) for masks in (3, 0)]
+    rows = strategy_rows(times, "measured")
+    assert [(row["strategy"], row["min_M"], row["max_M"]) for row in rows] == [("split", 1, 512), ("fused", 513, 2048)]
+    bf16 = torch.bfloat16
+    with installed([*rows, *strategy_rows(masked, "measured"), ELSE], tmp_path):
+        assert [strategy("sm_90", bf16, M, 64, 48, 16)[0] for M in (512, 513, 2048)] == ["split", "fused", "fused"]
         assert strategy("sm_90", bf16, 1024, 64, 48, 16, "dx")[1].endswith("else")
-        assert [strategy("sm_90", bf16, 9, 64, 48, 16, "group_dx", masks)[0] for masks in (0, 1, 3)] == [
-            "fused",
-            "split",
-            "split",
-        ]
+        by_masks = [strategy("sm_90", bf16, 9, 64, 48, 16, "group_dx", masks)[0] for masks in (0, 1, 3)]
+        assert by_masks == ["fused", "split", "split"]
         assert strategy("sm_90", bf16, 1024, 48, 64, 16)[1].endswith("else")
         assert strategy("sm_90", torch.float16, 1024, 64, 48, 16)[1].endswith("else")
         assert table("sm_80")["tiles"] == json.loads((FOLDER / "sm_80.json").read_text())["tiles"]
-    finally:
-        monkeypatch.undo()
-        for cached in (table, strategy):
-            cached.cache_clear()
+
+
+def test_a_race_speaks_for_the_rows_and_masks_it_was_run_with(tmp_path: Path) -> None:
+    """Where nothing was timed, what was predicted goes on: few rows, more rows than raced, other masks."""
+    rows = strategy_rows(
+        [raced("expand", 8192, 1, 2), raced("dx", 8192, 1, 2), raced("group_dx", 64, 1, 2, 2)], "measured"
+    )
+    with installed([*rows, ELSE], tmp_path):
+
+        def how(kernel: str, M: int, masks: int = 0) -> str:
+            return strategy("sm_90", torch.bfloat16, M, 64, 48, 16, kernel, masks)[0]
+
+        assert [how("expand", M) for M in (1, 8191, 8192, 8193)] == ["split", "split", "fused", "split"]
+        assert [how("dx", 8192, masks) for masks in (0, 1)] == ["fused", "split"]
+        assert [how("group_dx", 64, masks) for masks in (0, 1, 2, 3)] == ["split", "fused", "fused", "split"]
+
+
+def test_what_was_measured_stays_until_it_is_measured_again(tmp_path: Path) -> None:
+    """A second tune that is cut short: rows of layers, masks and M that it did not race are kept, below its own."""
+    first = [raced("expand", M, 1, 2, N=N) for N in (64, 96) for M in (16, 8192)]
+    first += [raced("group_dx", 8192, 1, 2, masks) for masks in (0, 3)]
+    earlier = [*strategy_rows(first, "measured"), ELSE]
+    again = [raced("expand", M, 2, 1) for M in (16, 512, 8192)] + [raced("expand", 8192, 2, 1, N=96)]
+    rows = on_top(strategy_rows([*again, raced("group_dx", 8192, 2, 1, 3)], "measured"), earlier)
+    with installed(rows, tmp_path):
+
+        def how(kernel: str, M: int, N: int, masks: int = 0) -> str:
+            return strategy("sm_90", torch.bfloat16, M, N, 48, 16, kernel, masks)[0]
+
+        assert [how("expand", M, 64) for M in (16, 8192)] == ["split", "split"]
+        assert [how("expand", M, 96) for M in (16, 8192)] == ["fused", "split"]
+        assert [how("group_dx", 8192, 64, masks) for masks in (0, 3)] == ["fused", "split"]
+    assert len(rows) == 3 + 2 + 1 and rows[-1] == ELSE, "three new, two that still hold somewhere"
+    tuner = Tuner("interpreter", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL)
+    tuner.earlier = [*earlier, *tuner.table["strategy"]]
+    next(tuner.strategies())
+    kept = [row for row in tuner.table["strategy"] if row["source"] == "measured"]
+    assert kept == earlier[:-1]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda p: p.stem)

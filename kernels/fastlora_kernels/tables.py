@@ -61,10 +61,13 @@ def table(arch: str) -> dict[str, Any]:
 
 
 def admits(row: dict[str, Any], dtype: torch.dtype, **sizes: int) -> bool:
-    """Whether a row takes these: its "dtype" lists dtypes, "max_N" bounds N from above, "N" is N itself."""
+    """Whether a row takes these: its "dtype" lists dtypes, "min_N" and "max_N" bound N, "N" is N itself."""
     if "dtype" in row and _DTYPES[dtype] not in row["dtype"]:
         return False
-    return all(row.get(name, size) == size <= row.get(f"max_{name}", size) for name, size in sizes.items())
+    return all(
+        row.get(f"min_{name}", size) <= row.get(name, size) == size <= row.get(f"max_{name}", size)
+        for name, size in sizes.items()
+    )
 
 
 @lru_cache(maxsize=4096)
