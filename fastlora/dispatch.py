@@ -21,6 +21,17 @@ FEW_ROWS = 16
 the same few µs, and three calls into torch took 50 µs of the host beside an H200, ours 216 (two thirds of it since)."""
 
 
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+def _switch(variable: str) -> bool:
+    """Whether an environment variable says on; unset is off.   Raises ValueError for any other word."""
+    said = os.environ.get(variable, "")
+    if said.lower() not in _ON + _OFF:
+        raise ValueError(f"{variable}: got {said!r}, wanted one of {_ON} (on) or {_OFF} (off)")
+    return said.lower() in _ON
+
+
 @dataclass
 class Environment:
     """What the user said from outside, read once at import.
@@ -30,8 +41,8 @@ class Environment:
     """
 
     backend: str | None = field(default_factory=lambda: os.environ.get("FASTLORA_BACKEND") or None)
-    strict: bool = field(default_factory=lambda: os.environ.get("FASTLORA_STRICT", "0") not in ("", "0"))
-    disable: bool = field(default_factory=lambda: os.environ.get("FASTLORA_DISABLE", "0") not in ("", "0"))
+    strict: bool = field(default_factory=lambda: _switch("FASTLORA_STRICT"))
+    disable: bool = field(default_factory=lambda: _switch("FASTLORA_DISABLE"))
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
@@ -126,10 +137,17 @@ def decide(
 
 
 def explain(layer: Any, x: Tensor) -> Decision:
-    """What `layer` (a LoRALinear; a layer or gated MLP that was patched) would do with x, and why; runs nothing."""
+    """What `layer` (a LoRALinear; a layer or gated MLP that was patched) would do with x, and why; runs nothing.
+
+    Raises TypeError, ValueError for a layer of another kind, and for an x: [..., K] that the layer would refuse.
+    """
     decide_for = getattr(layer, "decide", None)
     if decide_for is None:
         raise TypeError(f"layer: got {type(layer).__name__}, wanted a fastlora.LoRALinear, or a patched layer or MLP")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor")
+    if x.dim() == 0:
+        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
     decision: Decision = decide_for(x)
     return decision
 

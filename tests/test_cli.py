@@ -48,6 +48,17 @@ def test_a_mistyped_backend_is_refused_at_import() -> None:
     assert "FASTLORA_BACKEND: got 'cuda', wanted one of ('triton', 'torch')" in done.stderr
 
 
+def test_the_switches_are_read_at_import() -> None:
+    done = run("info", "--json", FASTLORA_DISABLE="True", FASTLORA_STRICT="off")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["environment"] == {"backend": None, "strict": False, "disable": True}
+    assert all("FASTLORA_DISABLE=1" in path for shape in facts["paths"].values() for path in shape.values())
+    done = run("info", FASTLORA_STRICT="maybe")
+    assert done.returncode != 0
+    assert "FASTLORA_STRICT: got 'maybe', wanted one of ('1', 'true', 'yes', 'on') (on) or" in done.stderr
+
+
 def test_triton_demanded_where_there_is_no_driver_says_so() -> None:
     done = run("info", FASTLORA_BACKEND="triton", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
