@@ -216,14 +216,3 @@ def test_explain_wants_a_tensor_with_features(merged: bool) -> None:
         fastlora.explain(layer, [1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"x: got a 0-d tensor, wanted \[\.\.\., K\]"):
         fastlora.explain(layer, torch.tensor(1.0))
-
-
-def test_warmup_runs_each_distinct_layer_and_disturbs_nothing() -> None:
-    model = nn.Sequential(trained(), LoRALinear(40, 24, r=2, lora_dropout=0.1), trained())
-    state = torch.get_rng_state()
-    seconds = fastlora.warmup(model, rows=(1, 5))
-    assert len(seconds) == 4 and all(label.endswith(" rows") for label in seconds)
-    assert all(p.grad is None for p in model.parameters())
-    assert_same(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="model: holds no fastlora layer"):
-        fastlora.warmup(nn.Linear(2, 2))
