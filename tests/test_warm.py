@@ -36,8 +36,10 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[tuple[object, ...]]:
     return compiled(monkeypatch)
 
 
-@pytest.mark.parametrize("was_training", [True, False])
-@pytest.mark.parametrize(("dtype", "p"), [(torch.float32, 0.0), (torch.float32, 0.25), (torch.bfloat16, 0.25)])
+@pytest.mark.parametrize(
+    ("dtype", "p", "was_training"),
+    [(torch.float32, 0.0, True), (torch.float32, 0.25, False), (torch.bfloat16, 0.25, True)],
+)
 def test_a_step_and_an_evaluation_compile_nothing_after_warmup(
     dtype: torch.dtype, p: float, was_training: bool, launched: set[tuple[object, ...]]
 ) -> None:
@@ -49,8 +51,16 @@ def test_a_step_and_an_evaluation_compile_nothing_after_warmup(
     launched.clear()
     step(model.train(), inputs)
     logits(model.eval(), inputs)
+    assert launched and not launched - warm
+
+
+def test_inference_mode_where_groups_run_one_by_one_is_prepared_too(launched: set[tuple[object, ...]]) -> None:
+    model = patched(target_modules=["q_proj", "v_proj"])
+    fastlora.warmup(model, rows=(ROWS,))
+    warm = set(launched)
+    launched.clear()
     with torch.inference_mode():
-        model(**inputs)
+        model.eval()(**batch())
     assert launched and not launched - warm
 
 
