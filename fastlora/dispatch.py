@@ -127,13 +127,33 @@ def decide(
         if x.is_cpu and not ops.has_matmul(main):
             why += f"; large products run in fp32, for this CPU has no matmul of {str(main).removeprefix('torch.')}"
         return Decision("torch", None, None, why)
-    M, K = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    arch = ops.kernels.arch(x)
-    strategy, why = ops.kernels.strategy(arch, main, M, N, K, R)
-    kernel = "expand" if strategy == "fused" else "add"
+    return main_gemm("expand", x, N, x.shape[-1], R, dtype=main)
+
+
+def main_gemm(
+    kernel: str, x: Tensor, N: int, K: int, R: int, members: int = 1, dtype: torch.dtype | None = None
+) -> Decision:
+    """How the kernels run the main GEMM [M, members·K]·[members·K, N] for the rows of x, in `dtype` (x's if None).
+
+    kernel: "expand", "dx" (K is out features, N in features), or "group_dx".   R: the rank of each member.
+    """
+    main, arch, M = dtype or x.dtype, ops.kernels.arch(x), x.numel() // max(x.shape[-1], 1)
+    strategy, why = ops.kernels.strategy(arch, main, M, N, members * K, members * R, kernel)
+    split = "group_add" if kernel == "group_dx" else "add"
     tma = K % 8 == 0 and N % 8 == 0  # rows of 16 bytes, as tensor descriptors need them
-    tile: dict[str, Any] = asdict(ops.kernels.tile(kernel, arch, main, M, N, R, tma=tma))
+    tile = asdict(ops.kernels.tile(kernel if strategy == "fused" else split, arch, main, M, N, R, tma=tma))
     return Decision("triton", strategy, tile, why)
+
+
+def low_rank(kernel: str, x: Tensor, N: int, R: int = 0) -> Decision:
+    """How the kernels add low-rank terms alone to an [M, N] that is there: "add", or one of the ops for many adapters.
+
+    Or, as "multi_linear", with the base's own GEMM for few rows.
+    """
+    tile = asdict(ops.kernels.tile(kernel, ops.kernels.arch(x), x.dtype, x.shape[:-1].numel(), N, R))
+    if kernel == "multi_linear":
+        return Decision("triton", "fused", tile, "as many rows as the bank's fused_rows allow, and no gradients")
+    return Decision("triton", "split", tile, "the base's product comes from elsewhere, and the terms land on it")
 
 
 def explain(layer: Any, x: Tensor) -> Decision:
