@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from launches import plan_by
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastlora import dispatch, functional, ops
@@ -44,39 +45,38 @@ def test_info_in_json_names_versions_paths_and_a_passed_self_check() -> None:
     }  # fmt: skip
 
 
-def wrong(name: str) -> Any:
+def wrong(name: str) -> dict[str, Any]:
     """The kernels' `name`, whose first result is 5 % off."""
     own = getattr(ops.kernels, name)
-    return lambda *inputs: (own(*inputs)[0] * 1.05, *own(*inputs)[1:])
+    return {name: lambda *inputs: (own(*inputs)[0] * 1.05, *own(*inputs)[1:])}
 
 
-def without_dropout(*inputs: Any) -> Any:
-    *head, seed, scale, _, how = inputs
-    return kernels_linear(*head, seed, scale, 0.0, how)
+def of_seed(name: str, change: Any) -> dict[str, Any]:
+    """The kernels' `name`, whose seed is another."""
+    own = getattr(ops.kernels, name)
+    return {name: lambda *inputs: own(*inputs[:6], None if inputs[6] is None else change(inputs[6]), *inputs[7:])}
 
 
-def of_another_mask(*inputs: Any) -> Any:
-    seed = inputs[6]
-    return kernels_backward(*inputs[:6], None if seed is None else seed + 1, *inputs[7:])
-
-
-kernels_linear, kernels_backward = ops.kernels.lora_linear, ops.kernels.lora_backward
+def none(seed: Tensor) -> None:
+    """Nothing drops."""
 
 
 @pytest.mark.parametrize(
-    ("name", "broken", "cases"),
+    ("broken", "cases"),
     [
-        ("lora_linear", wrong("lora_linear"), 3),
-        ("lora_backward", wrong("lora_backward"), 3),
-        ("lora_linear", without_dropout, 1),
-        ("lora_backward", of_another_mask, 1),
+        (wrong("lora_linear"), 3),
+        (wrong("lora_backward"), 3),
+        (of_seed("lora_backward", lambda seed: seed + 1), 1),
+        (of_seed("lora_linear", none) | of_seed("lora_backward", none), 1),
     ],
+    ids=["y", "dx", "another mask in backward", "no dropout"],
 )
-def test_the_self_check_sees_a_broken_kernel(
-    name: str, broken: Any, cases: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_self_check_sees_broken_kernels(
+    broken: dict[str, Any], cases: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dispatch.env, "backend", "triton")
-    monkeypatch.setattr(ops.kernels, name, broken)
+    for name, kernel in broken.items():
+        monkeypatch.setattr(ops.kernels, name, kernel)
     assert main(["info", "--json"]) == 1
     check = json.loads(capsys.readouterr().out)["self_check"]
     assert check.pop("ok") is False
