@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from fastlora import dispatch, functional, ops
-from fastlora.__main__ import _ops, _paths, main
+from fastlora.__main__ import _ops, _paths, main, self_check
+from fastlora.reference import dropout_threshold
 from fastlora_kernels import linear, strategy, tile
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,16 @@ def test_the_self_check_sees_broken_kernels(
     check = json.loads(capsys.readouterr().out)["self_check"]
     assert check.pop("ok") is False
     assert [case["ok"] for case in check.values()].count(False) == cases
+
+
+def test_the_self_check_sees_dropout_at_another_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward agree on the mask, and what is kept is scaled as it should be; it is only too much."""
+    plan_by(monkeypatch, "shrink", "x_pass", "expand", threshold=lambda p: dropout_threshold(p) // 2)
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    check = self_check("cpu")
+    case = check["fp32 adapters, dropout 0.25"]
+    assert check["ok"] is case["ok"] is False and case["kept"] > 0.85
+    assert all(case["error"][name] <= 1.25 * case["plain"][name] for name in case["error"])
 
 
 @pytest.mark.parametrize("M", [8, 40])
