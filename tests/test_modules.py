@@ -207,6 +207,11 @@ def test_explain_refuses_what_the_layer_refuses(x: torch.Tensor) -> None:
         fastlora.explain(layer, x)
 
 
+def test_explain_of_a_layer_on_the_meta_device() -> None:
+    decision = fastlora.explain(LoRALinear(24, 40, device="meta"), torch.empty(3, 24, device="meta"))
+    assert decision.path == "torch" and "device type 'meta'" in decision.why
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_explain_wants_a_tensor_with_features(merged: bool) -> None:
     layer = trained()
