@@ -104,6 +104,7 @@ def _scaling_here(scaling: float | Tensor, x: Tensor) -> None:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone.
 
+    The meta device has no autocast, and torch does not let one ask.
     Raises RuntimeError under torch.func's transforms, which need a rule of their own for every op.
     """
     if transformed():
@@ -112,7 +113,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
             "same signatures in plain torch, and a layer that fastlora.patch took runs PEFT's own forward there"
         )
     device = "cpu" if x.is_cpu else x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

@@ -21,6 +21,17 @@ FEW_ROWS = 16
 the same few µs, and three calls into torch took 50 µs of the host beside an H200, ours 216 (two thirds of it since)."""
 
 
+_ON, _OFF = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+def _switch(variable: str) -> bool:
+    """Whether an environment variable says on; unset is off.   Raises ValueError for any other word."""
+    said = os.environ.get(variable, "")
+    if said.lower() not in _ON + _OFF:
+        raise ValueError(f"{variable}: got {said!r}, wanted one of {_ON} (on) or {_OFF} (off)")
+    return said.lower() in _ON
+
+
 @dataclass
 class Environment:
     """What the user said from outside, read once at import.
@@ -30,8 +41,8 @@ class Environment:
     """
 
     backend: str | None = field(default_factory=lambda: os.environ.get("FASTLORA_BACKEND") or None)
-    strict: bool = field(default_factory=lambda: os.environ.get("FASTLORA_STRICT", "0") not in ("", "0"))
-    disable: bool = field(default_factory=lambda: os.environ.get("FASTLORA_DISABLE", "0") not in ("", "0"))
+    strict: bool = field(default_factory=lambda: _switch("FASTLORA_STRICT"))
+    disable: bool = field(default_factory=lambda: _switch("FASTLORA_DISABLE"))
 
     def __post_init__(self) -> None:
         if self.backend is not None and self.backend not in BACKENDS:
@@ -116,20 +127,47 @@ def decide(
         if x.is_cpu and not ops.has_matmul(main):
             why += f"; large products run in fp32, for this CPU has no matmul of {str(main).removeprefix('torch.')}"
         return Decision("torch", None, None, why)
-    M, K = x.numel() // max(x.shape[-1], 1), x.shape[-1]
-    arch = ops.kernels.arch(x)
-    strategy, why = ops.kernels.strategy(arch, main, M, N, K, R)
-    kernel = "expand" if strategy == "fused" else "add"
+    return main_gemm("expand", x, N, x.shape[-1], R, dtype=main)
+
+
+def main_gemm(
+    kernel: str, x: Tensor, N: int, K: int, R: int, members: int = 1, dtype: torch.dtype | None = None
+) -> Decision:
+    """How the kernels run the main GEMM [M, members·K]·[members·K, N] for the rows of x, in `dtype` (x's if None).
+
+    kernel: "expand", "dx" (K is out features, N in features), or "group_dx".   R: the rank of each member.
+    """
+    main, arch, M = dtype or x.dtype, ops.kernels.arch(x), x.numel() // max(x.shape[-1], 1)
+    strategy, why = ops.kernels.strategy(arch, main, M, N, members * K, members * R, kernel)
+    split = "group_add" if kernel == "group_dx" else "add"
     tma = K % 8 == 0 and N % 8 == 0  # rows of 16 bytes, as tensor descriptors need them
-    tile: dict[str, Any] = asdict(ops.kernels.tile(kernel, arch, main, M, N, R, tma=tma))
+    tile = asdict(ops.kernels.tile(kernel if strategy == "fused" else split, arch, main, M, N, R, tma=tma))
     return Decision("triton", strategy, tile, why)
 
 
+def low_rank(kernel: str, x: Tensor, N: int, R: int = 0) -> Decision:
+    """How the kernels add low-rank terms alone to an [M, N] that is there: "add", or one of the ops for many adapters.
+
+    Or, as "multi_linear", with the base's own GEMM for few rows.
+    """
+    tile = asdict(ops.kernels.tile(kernel, ops.kernels.arch(x), x.dtype, x.shape[:-1].numel(), N, R))
+    if kernel == "multi_linear":
+        return Decision("triton", "fused", tile, "as many rows as the bank's fused_rows allow, and no gradients")
+    return Decision("triton", "split", tile, "the base's product comes from elsewhere, and the terms land on it")
+
+
 def explain(layer: Any, x: Tensor) -> Decision:
-    """What `layer` (a LoRALinear; a layer or gated MLP that was patched) would do with x, and why; runs nothing."""
+    """What `layer` (a LoRALinear; a layer or gated MLP that was patched) would do with x, and why; runs nothing.
+
+    Raises TypeError, ValueError for a layer of another kind, and for an x: [..., K] that the layer would refuse.
+    """
     decide_for = getattr(layer, "decide", None)
     if decide_for is None:
         raise TypeError(f"layer: got {type(layer).__name__}, wanted a fastlora.LoRALinear, or a patched layer or MLP")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, wanted a torch.Tensor")
+    if x.dim() == 0:
+        raise ValueError("x: got a 0-d tensor, wanted [..., K]")
     decision: Decision = decide_for(x)
     return decision
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora import dispatch
-from fastlora.checks import check_dtype, check_finite, check_probability, check_whole
+from fastlora.checks import check_dtype, check_finite, check_linear, check_probability, check_whole
 from fastlora.functional import lora_linear
 
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
@@ -189,10 +189,12 @@ class LoRALinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def decide(self, x: Tensor) -> dispatch.Decision:
-        """Which path forward would take for x, and why."""
+        """Which path forward would take for x, and why.   Raises as forward does."""
         if self.merged:
             return dispatch.Decision("torch", None, None, "merged: the plain linear layer")
-        return dispatch.decide(x, self.out_features, self.r, drops=self.training and self.lora_dropout > 0)
+        A, B, drops = self.lora_A.weight, self.lora_B.weight, self.training and self.lora_dropout > 0
+        autocast = check_linear(x, self.weight, self.bias, A, B, self.scaling, self.lora_dropout, self.lora_B.bias)
+        return dispatch.decide(x, self.out_features, self.r, dtype=autocast, drops=drops)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._frozen is not None:

@@ -107,7 +107,7 @@ def test_bad_update() -> None:
     with pytest.raises(ValueError, match="scaling: got device meta, wanted cpu"):
         lora_update(torch.randn(2, 3, 6), x, a, b, torch.ones((), device="meta"))
     for dtype in ("fp16", torch.int32):
-        with pytest.raises(TypeError, match="dtype: got dtype .*, wanted a floating dtype"):
+        with pytest.raises(TypeError, match=r"dtype: got dtype .*, wanted a floating dtype"):
             lora_update(torch.randn(2, 3, 6), x, a, b, 0.5, dtype=dtype)  # type: ignore[arg-type]
 
 

@@ -92,6 +92,30 @@ def test_a_mistyped_backend_in_the_environment(monkeypatch: pytest.MonkeyPatch) 
         dispatch.Environment()
 
 
+@pytest.mark.parametrize("variable", ["FASTLORA_STRICT", "FASTLORA_DISABLE"])
+def test_switches_in_the_environment(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each says on or off in any case, for itself alone; what says neither is refused."""
+
+    def read() -> dict[str, bool]:
+        env = dispatch.Environment()
+        return {"FASTLORA_STRICT": env.strict, "FASTLORA_DISABLE": env.disable}
+
+    for name in ("FASTLORA_STRICT", "FASTLORA_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    off = read()
+    assert off == {"FASTLORA_STRICT": False, "FASTLORA_DISABLE": False}
+    for said in ("0", "false", "no", "off", "", "False", "OFF"):
+        monkeypatch.setenv(variable, said)
+        assert read() == off, said
+    for said in ("1", "true", "yes", "on", "True", "ON"):
+        monkeypatch.setenv(variable, said)
+        assert read() == {**off, variable: True}, said
+    for said in ("2", "maybe", " "):
+        monkeypatch.setenv(variable, said)
+        with pytest.raises(ValueError, match=f"{variable}: got {said!r}, wanted one of .*'true'.*'false'"):
+            read()
+
+
 def test_decisions_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(20, 24)
     assert "backend='triton' is asked for" in dispatch.decide(x, 40, 4).why

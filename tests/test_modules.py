@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fastlora
-from fastlora import LoRALinear
+from fastlora import LoRALinear, dispatch
 
 
 def trained(**kwargs: object) -> LoRALinear:
@@ -268,12 +269,35 @@ def test_explain_says_which_path_and_why() -> None:
         fastlora.explain(nn.Linear(2, 2), x)
 
 
-def test_warmup_runs_each_distinct_layer_and_disturbs_nothing() -> None:
-    model = nn.Sequential(trained(), LoRALinear(40, 24, r=2, lora_dropout=0.1), trained())
-    state = torch.get_rng_state()
-    seconds = fastlora.warmup(model, rows=(1, 5))
-    assert len(seconds) == 4 and all(label.endswith(" rows") for label in seconds)
-    assert all(p.grad is None for p in model.parameters())
-    assert_same(torch.get_rng_state(), state)
-    with pytest.raises(ValueError, match="model: holds no fastlora layer"):
-        fastlora.warmup(nn.Linear(2, 2))
+def test_explain_knows_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides for the dtype that autocast computes in, as for a patched layer."""
+    layer, x = trained(), torch.randn(3, 24)
+    monkeypatch.setattr(dispatch.ops, "has_matmul", lambda dtype: dtype != torch.bfloat16)
+    assert "no matmul" not in fastlora.explain(layer, x).why
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fastlora.explain(layer, x).why.endswith("no matmul of bfloat16")
+
+
+@pytest.mark.parametrize("x", [torch.randn(3, 25), torch.randn(3, 24).half(), torch.ones(3, 24, dtype=torch.int64)])
+def test_explain_refuses_what_the_layer_refuses(x: torch.Tensor) -> None:
+    layer = trained()
+    with pytest.raises((TypeError, ValueError), match=r"^x: got") as refused:
+        layer(x)
+    with pytest.raises(refused.type, match=re.escape(str(refused.value))):
+        fastlora.explain(layer, x)
+
+
+def test_explain_of_a_layer_on_the_meta_device() -> None:
+    decision = fastlora.explain(LoRALinear(24, 40, device="meta"), torch.empty(3, 24, device="meta"))
+    assert decision.path == "torch" and "device type 'meta'" in decision.why
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_explain_wants_a_tensor_with_features(merged: bool) -> None:
+    layer = trained()
+    if merged:
+        layer.merge()
+    with pytest.raises(TypeError, match=r"x: got list, wanted a torch\.Tensor"):
+        fastlora.explain(layer, [1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"x: got a 0-d tensor, wanted \[\.\.\., K\]"):
+        fastlora.explain(layer, torch.tensor(1.0))

@@ -25,7 +25,7 @@ def opaque(x: Tensor) -> bool:
     Whoever must see an op gets one: a dispatch mode, a tensor with a dispatch of its own, or autograd when a second
     derivative is asked for.
     """
-    return torch.is_grad_enabled() or is_in_torch_dispatch_mode() or type(x) not in _PLAIN
+    return torch.is_grad_enabled() or x.is_meta or is_in_torch_dispatch_mode() or type(x) not in _PLAIN
 
 
 def face(name: str, x: Tensor) -> Any:

@@ -12,13 +12,12 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 from fastlora.functional import Projection
-from fastlora.peft.judge import LIBRARY, Plan, hooked, judge, judge_call, own, plain_weight
+from fastlora.peft.judge import LIBRARY, Plan, autocast_of, hooked, judge, judge_call, own, plain_weight
 from fastlora.peft.structure import Structure, find, looks_like_one
 
 OPT_OUT = "fastlora_gated"
@@ -48,9 +47,7 @@ class _Gated(nn.Module):
         if s is None or isinstance(layers, str):
             return Decision("layers", None, None, f"its layers one by one: {layers}")
         R = max(len(layer.lora_A) for layer in layers if layer.lora_A is not None)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        decision = dispatch.decide(x, len(layers[0].weight), R, dtype=dtype)
+        decision = dispatch.decide(x, len(layers[0].weight), R, dtype=autocast_of(x))
         return replace(decision, why=f"{decision.why}; {told(s)}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -141,7 +138,7 @@ def _plan(layer: Any, x: Tensor | None) -> Plan | str:
         weight = plain_weight(layer)
         if isinstance(weight, str):
             return f"the layer{weight}"
-        if x is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x is not None and weight.dtype != x.dtype and autocast_of(x) is None:
             return f"x is {x.dtype} and its weight {weight.dtype}, with autocast off"
         return Plan(layer, weight, [])
     if layer._disable_adapters:

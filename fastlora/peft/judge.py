@@ -47,6 +47,12 @@ class Plan(NamedTuple):
     adapters: list[Adapter]
 
 
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """What autocast computes in on x's device; None when it is off, and on the meta device, which has none."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if not x.is_meta and torch.is_autocast_enabled(device) else None
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: hooks, or a forward of its own (accelerate)."""
     return bool(
@@ -191,7 +197,7 @@ def judge_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}, not a plain tensor"
     weight = plan.weight
-    if weight is not None and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight is not None and weight.dtype != x.dtype and autocast_of(x) is None:
         return f"x is {x.dtype} and base_layer.weight {weight.dtype}, with autocast off"
     if not layer.cast_input_dtype_enabled and any(adapter.a.dtype != x.dtype for adapter in plan.adapters):
         return "input casting is disabled, and x and lora_A differ in dtype"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 from fastlora.modules import own
-from fastlora.peft.judge import LIBRARY, judge_call, path_of
+from fastlora.peft.judge import LIBRARY, autocast_of, judge_call, path_of
 from fastlora.peft.siblings import Siblings
 
 
@@ -70,10 +70,8 @@ class _Fused(nn.Module):
         if isinstance(plan, str):
             return Decision("peft", None, None, plan)
         N, R = plan.adapters[0].b.shape[0], max(adapter.a.shape[0] for adapter in plan.adapters)
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         decision = dispatch.decide(
-            x, N, R, dtype=dtype, drops=any(adapter.p > 0 and adapter.training for adapter in plan.adapters)
+            x, N, R, dtype=autocast_of(x), drops=any(adapter.p > 0 and adapter.training for adapter in plan.adapters)
         )
         if path == "fused":
             if self._siblings is None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastlora import dispatch, functional
 from fastlora.groups import owner
 from fastlora.modules import own
-from fastlora.peft.judge import Plan, judge_call
+from fastlora.peft.judge import Plan, autocast_of, judge_call
 
 
 @dataclass
@@ -89,9 +89,7 @@ def _version_in_trace() -> int | None:
 
 def _modes(x: Tensor) -> tuple[Any, ...]:
     """What an output depends on beside x and the layer."""
-    device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.is_grad_enabled(), x.requires_grad, autocast
+    return torch.is_grad_enabled(), x.requires_grad, autocast_of(x)
 
 
 def _key(plan: Plan) -> Any:
