@@ -177,7 +177,7 @@ class Prompts:
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
             kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
-            begun = Begun(requests)
+            begun = Begun(requests, settled=kwargs.get("attention_mask") is None)
             setattr(kwargs["past_key_values"], BEGUN, begun)
         past = kwargs["past_key_values"].get_seq_length() - longest
         mask = mask_of(kwargs, (len(inputs), past + inputs.shape[1]), inputs.device)

@@ -104,23 +104,29 @@ def settle(cache: Any, mask: Tensor, past: int, longest: int) -> bool:
     shift = torch.where(first >= past, first, 0)
     padded, begun = torch.stack([shift.any(), (mask != 0).any(1).all()]).tolist()
     if padded:
+        check_plain(cache)
         for layer in cache.layers:
             layer.update = functools.partial(_shifted_update, layer, shift, longest)
     return bool(begun)
 
 
 def _shifted_update(layer: Any, shift: Tensor, longest: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The layer's own update, this once, and then its first `longest` columns moved to the right, each row by its own.
-
-    What they are moved over is padding.   shift: [B].
-    """
+    """The layer's own update, this once, and then its first `longest` columns go behind padding.   shift: [B]."""
     del layer.update
     layer.update(*args, **kwargs)
-    column = torch.arange(layer.keys.shape[-2], device=shift.device)
-    source = column - shift[:, None]
-    source = torch.where((source >= 0) & (source < longest), source, column)[:, None, :, None]
+    source = behind(shift, longest, layer.keys.shape[-2])[:, None, :, None]
     layer.keys, layer.values = (t.take_along_dim(source, -2) for t in (layer.keys, layer.values))
     return layer.keys, layer.values
+
+
+def behind(padding: Tensor, tokens: int, columns: int) -> Tensor:
+    """[B, columns] of where columns come from when each row's first `tokens` go behind the padding after them.
+
+    padding: [B], columns of it.
+    """
+    column, padding = torch.arange(columns, device=padding.device), padding[:, None]
+    rest = torch.where(column < padding, column + tokens, column)
+    return torch.where((column >= padding) & (column < padding + tokens), column - padding, rest)
 
 
 def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, config: Any) -> Any:
