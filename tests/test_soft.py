@@ -91,6 +91,16 @@ def test_padding_on_the_left_costs_what_padding_on_the_right_does(family: str) -
         assert relative_error(sides[0][name], sides[1][name]) < 1e-5
 
 
+def test_virtual_tokens_predict_no_label_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = pair("llama")
+    seen: list[Tensor] = []
+    monkeypatch.setattr(type(model), "loss_function", lambda self, labels, **_: seen.append(labels))
+    inputs = padded(rows_of((2, 4)), "left")
+    model(**inputs, labels=inputs["input_ids"])  # padding is not masked out
+    (first, second), none = inputs["input_ids"].tolist(), [-100] * P
+    assert seen[0].tolist() == [[*first[:2], *none, *first[2:]], [*none, *second]]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt_neo"])
 @pytest.mark.parametrize("chunk", [1, 2, 5])
 def test_a_row_may_begin_in_a_later_chunk(family: str, chunk: int) -> None:
