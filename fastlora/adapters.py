@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ _PLAIN_FIELDS = {
 }  # fmt: skip
 """Fields of a LoraConfig that are read here, or that change nothing once the factors are there."""
 
-_CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
+_PREFIX = "base_model.model."
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
 _PROMPT_KEY = re.compile(r"prompt_embeddings|(.+\.)?prompt_encoder\.[^.]+\.embedding\.weight")
 
@@ -69,6 +70,7 @@ class Target:
 
     layers: (K, N) of each layer that takes factors, by name.   dtype: the factors'.   modules: the names of all the
     model's modules.   embedding: d, and the dtype of virtual tokens.   encoder_decoder: prompts have decoder rows.
+    weight: the base's own by its name, None for a name that is none.
     """
 
     layers: Mapping[str, tuple[int, int]]
@@ -76,6 +78,7 @@ class Target:
     modules: Collection[str]
     embedding: tuple[int, torch.dtype]
     encoder_decoder: bool = False
+    weight: Callable[[str], Tensor | None] | None = None
 
 
 def read(source: Any, config: Any, target: Target, name: str) -> Adapter:
@@ -138,11 +141,16 @@ def refuse_variants(options: dict[str, Any], name: str) -> None:
         if value and key != "bias" and key not in _PLAIN_FIELDS:
             raise ValueError(f"adapter {name!r}: got {key}={value!r}, a variant of LoRA that fastlora does not serve")
     start = options.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGED_BASES):
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
+        raise ValueError(
+            f"adapter {name!r}: got init_lora_weights={start!r}, which changes the base's weights too; wanted factors "
+            "for the base as it is: save it by PEFT's save_pretrained(path_initial_model_for_weight_conversion=...), "
+            "or say init_lora_weights=true in its config if this base is the changed one"
+        )
+    if start == "lora_ga":
         log.warning(
-            "adapter %r: init_lora_weights=%r changes the base's weights too, and this base is served as it is; "
-            "convert it (save_pretrained's path_initial_model_for_weight_conversion), unless it was made on this base",
-            name, start,
+            "adapter %r: init_lora_weights='lora_ga' may have changed the base that it was trained on; it is put on "
+            "this one as it is, as PEFT's from_pretrained does", name,
         )  # fmt: skip
 
 
@@ -190,7 +198,7 @@ def _targeted(options: dict[str, Any], layer: str) -> bool:
 
 def _lora(state: dict[str, Tensor], options: dict[str, Any], target: Target, name: str) -> Adapter:
     refuse_variants(options, name)
-    parts = _parts(state, name)
+    parts = _parts(_without_base(state, target, name), name)
     lacking = sorted(module for module in parts if module not in target.modules)
     unserved = sorted(module for module in parts if module in target.modules and module not in target.layers)
     if unserved:
@@ -218,6 +226,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
+def _without_base(state: dict[str, Tensor], target: Target, name: str) -> dict[str, Tensor]:
+    """The state less what PEFT saves of the base: its embeddings, with an adapter on the head or on them.
+
+    Raises ValueError for one that differs from the model's.
+    """
+    left = {}
+    for key, t in state.items():
+        weight = key.removeprefix(_PREFIX)
+        mine = target.weight(weight) if target.weight is not None and _KEY.fullmatch(key) is None else None
+        if mine is None:
+            left[key] = t
+        elif t.shape != mine.shape or not torch.equal(t.to(mine.device, mine.dtype), mine):
+            raise ValueError(f"adapter {name!r}: got {weight} of a base that differs from the model's there")
+    return left
+
+
 def _parts(state: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
     """{layer: {"lora_A.weight": …}}.   Raises ValueError for other tensors, and for several adapters in one."""
     parts: dict[str, dict[str, Tensor]] = {}
@@ -227,7 +251,7 @@ def _parts(state: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
         if found is None:
             raise ValueError(f"adapter {name!r}: got {key}, a variant of LoRA that fastlora does not serve, or damaged")
         adapters.add(found["adapter"])
-        parts.setdefault(found["module"].removeprefix("base_model.model."), {})[f"{found['part']}.{found['what']}"] = t
+        parts.setdefault(found["module"].removeprefix(_PREFIX), {})[f"{found['part']}.{found['what']}"] = t
     if len(adapters) > 1:
         raise ValueError(f"adapter {name!r}: got factors of {sorted(map(str, adapters))} in one, wanted one adapter's")
     return parts
@@ -278,7 +302,14 @@ def _prompt(state: dict[str, Tensor], options: dict[str, Any], target: Target, n
         raise ValueError(f"adapter {name!r}: got num_virtual_tokens={tokens}, wanted 1 or more")
     what = f"adapter {name!r}: prompt_embeddings"
     width, dtype = target.embedding
-    _fits(what, found[0], (tokens * (2 if target.encoder_decoder else 1), width))
+    task = str(getattr(options.get("task_type"), "value", options.get("task_type")))
+    if target.encoder_decoder and task == "CAUSAL_LM":
+        raise ValueError(f"adapter {name!r}: got task_type {task!r} for an encoder-decoder, wanted 'SEQ_2_SEQ_LM'")
+    most = 2 if target.encoder_decoder else 1
+    parts = options.get("num_transformer_submodules") or most
+    if parts not in (1, most):
+        raise ValueError(f"adapter {name!r}: got num_transformer_submodules={parts!r}, wanted 1 to {most}")
+    _fits(what, found[0], (tokens * parts, width))
     rows = _cast(what, found[0], dtype)
-    decoder_rows = rows[tokens:] if target.encoder_decoder else None
+    decoder_rows = rows[tokens:] if parts == 2 else None
     return Adapter("prompt", 0, tokens, prompt=rows[:tokens], decoder_prompt=decoder_rows)

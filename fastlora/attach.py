@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,7 +158,7 @@ class Attached:
     def loaded(self) -> Iterator[tuple[str, Adapter]]:
         """The adapters that PEFT had on the layers."""
         for name, config in _configs(self.model).items():
-            state, scaling = {}, {}
+            state, scaling, ranks = {}, {}, {}
             for place in self._seats.places:
                 layer: Any = place.layer
                 if name in getattr(layer, "lora_A", ()):
@@ -165,7 +167,9 @@ class Attached:
                     if layer.lora_B[name].bias is not None:
                         state[f"{place.name}.lora_B.bias"] = layer.lora_B[name].bias
                     scaling[place.name] = float(layer.scaling[name])
-            options = {**config.to_dict(), "init_lora_weights": True}  # this base is the one they were made on
+                    ranks[re.escape(place.name)] = len(layer.lora_A[name].weight)  # hotswap pads, config stays behind
+            # this base is the one they were made on
+            options = {**config.to_dict(), "init_lora_weights": True, "rank_pattern": ranks}
             factors = read(state, options, self.target, name).factors
             yield name, Adapter.lora({layer: replace(f, scaling=scaling[layer]) for layer, f in factors.items()})
 
@@ -175,4 +179,16 @@ def _target(base: Any, places: dict[str, Place], dtype: torch.dtype | None) -> T
     words = base.get_input_embeddings().weight
     modules = {name for name, _ in base.named_modules()}
     encoder_decoder = bool(getattr(base.config, "is_encoder_decoder", False))
-    return Target(layers, dtype or words.dtype, modules, (words.shape[1], words.dtype), encoder_decoder)
+    embedding = words.shape[1], words.dtype
+    return Target(layers, dtype or words.dtype, modules, embedding, encoder_decoder, functools.partial(_weight, base))
+
+
+def _weight(base: nn.Module, name: str) -> Tensor | None:
+    """The parameter or buffer of that name, in PEFT's layers or ours too; None for a name that is none."""
+    module, _, last = name.replace(".base_layer.", ".").rpartition(".")
+    try:
+        found: Any = base.get_submodule(module)
+    except AttributeError:
+        return None
+    weight = getattr(getattr(found, "base_layer", found), last, None)
+    return weight if isinstance(weight, Tensor) else None

@@ -2,7 +2,7 @@
 
 The model stays the object it was, under a subclass of its own class and name: Trainer, PEFT's LoRA, checkpointing,
 autocast and generate see nothing new. Each row computes what it would alone, were its virtual tokens and its own
-simply put one after the other: padding, on either side, moves no position.
+simply put one after the other: padding moves no position, and never comes between.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import inspect
 import os
 import types
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,12 +21,20 @@ from torch.nn import functional as F
 
 from fastlora.prompts import given, named
 from fastlora.soft import SoftPrompt
-from fastlora.virtual import Packed, mask_of, positions_of
+from fastlora.virtual import Packed, before, behind, first_attended, mask_of, positions_of, settle
 
 READ = "_fastlora_soft_prompt"
-"""The attribute of a cache that says which soft prompt it begins with."""
+"""The attribute of a cache that says which soft prompt is in it."""
 
 _ENCODED = ("input_ids", "inputs_embeds", "attention_mask", "output_attentions", "output_hidden_states")
+
+
+@dataclass
+class Read:
+    """What a cache begins with.   prompt: the id of a SoftPrompt.   settled: every row's own tokens have begun."""
+
+    prompt: int
+    settled: bool = False
 
 
 class SoftPrompts(nn.ModuleDict):
@@ -164,11 +173,11 @@ def _embeds(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _decode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-    """A causal model's forward: virtual tokens begin what it reads first, and are in its cache from then on."""
+    """A causal model's forward: virtual tokens stand before each row's first, and are in its cache from then on."""
     prompt, cache = self.soft_prompts.reading, kwargs.get("past_key_values")
     past = 0 if cache is None else cache.get_seq_length()
-    mark = None if prompt is None else id(prompt)
-    if past and getattr(cache, READ, None) != mark:
+    read: Read | None = getattr(cache, READ, None) if past else None
+    if past and (None if read is None else read.prompt) != (None if prompt is None else id(prompt)):
         raise ValueError("past_key_values: got a cache begun with another soft prompt, wanted the active one's")
     if prompt is None:
         return inner(**kwargs)
@@ -178,20 +187,32 @@ def _decode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any
         )
     inputs, P = given(kwargs), len(prompt)
     (rows, S), device = inputs.shape[:2], inputs.device
+    padded = kwargs.get("attention_mask") is not None
     mask = mask_of(kwargs, (rows, past - P + S if past else S), device)
-    kwargs["attention_mask"] = F.pad(mask, (P, 0), value=1)
+    read = Read(id(prompt), settled=not padded) if read is None else read
+    if past and not read.settled:
+        read.settled = settle(cache, mask, past - P, P)
+    kwargs["attention_mask"] = before(mask, torch.full((rows,), P, device=device), P)
+
+    def behind_padding(t: Tensor) -> Tensor:
+        """t: [B, P + S, ...], the virtual tokens first."""
+        if past or not padded:
+            return t
+        source = behind(first_attended(mask), P, P + S)
+        return t.take_along_dim(source[..., None] if t.dim() == 3 else source, 1)
+
     if "position_ids" in inspect.signature(self.forward).parameters:
         own = positions_of(kwargs, mask, S) + P
         virtual = torch.arange(0 if past else P, device=device)
-        kwargs["position_ids"] = torch.cat([virtual.expand(len(own), -1), own], 1)
+        kwargs["position_ids"] = behind_padding(torch.cat([virtual.expand(len(own), -1), own], 1))
     if not past:
-        kwargs |= {"input_ids": None, "inputs_embeds": prompt(_embeds(self, inputs))}
+        kwargs |= {"input_ids": None, "inputs_embeds": behind_padding(prompt(_embeds(self, inputs)))}
         if kwargs.get("labels") is not None:
-            kwargs["labels"] = F.pad(kwargs["labels"], (P, 0), value=-100)
+            kwargs["labels"] = behind_padding(F.pad(kwargs["labels"], (P, 0), value=-100))
     output = inner(**kwargs)
     for part in output if isinstance(output, tuple) else output.values():
         if hasattr(part, "get_seq_length"):
-            setattr(part, READ, mark)
+            setattr(part, READ, read)
     return output
 
 

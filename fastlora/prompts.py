@@ -1,8 +1,9 @@
 """Soft prompts by request: virtual tokens before each row of a batch, of any length or none, in forward and generate.
 
-A decoder reads them as keys and values, computed once per (prompt, adapter) and kept: a batch's cache begins with each
-row's, ending where its tokens begin. An encoder reads them as embeddings, each row packed to the left. Both are done
-where the model's forward is entered, so whoever calls it (generate, its beams, a loop of one's own) is served alike.
+A decoder reads them as keys and values, computed once per (prompt, adapter) and kept: a batch's cache has each row's
+right before its tokens, behind its padding, so that models which count columns are right too. An encoder reads them as
+embeddings, each row packed to the left. Both are done where the model's forward is entered, so whoever calls it
+(generate, its beams, a loop of one's own) is served alike.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fastlora import multi
-from fastlora.virtual import Packed, Prefix, begin, check_plain, mask_of, positions_of, shifted
+from fastlora.virtual import Packed, Prefix, before, begin, check_plain, mask_of, positions_of, settle, shifted
 
 BEGUN = "_fastlora_prompts"
-"""The attribute of a cache that names the requests whose virtual tokens it begins with."""
+"""The attribute of a cache that says whose virtual tokens are in it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,14 @@ class PromptOf:
 
 
 Requests = tuple[PromptOf | None, ...]
+
+
+@dataclass
+class Begun:
+    """What a cache begins with.   settled: every row's tokens have begun, and its virtual ones stand before them."""
+
+    requests: Requests
+    settled: bool = False
 
 
 class Prompts:
@@ -60,7 +70,7 @@ class Prompts:
         self.model, self.max_prompts = hugging, max_prompts
         self.pool = torch.zeros((max_tokens, weight.shape[1]), dtype=weight.dtype, device=weight.device)
         self.kept_tokens = 4 * max_tokens if kept_tokens is None else kept_tokens
-        self._prefixes: OrderedDict[Any, Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[Any, Future[Prefix]] = OrderedDict()
         self._lock = threading.Lock()
         self._current = threading.local()
         self._installed: list[tuple[Any, str, Any, Any]] = []
@@ -158,7 +168,7 @@ class Prompts:
         kwargs = named(inner, args, kwargs)
         requests, cache = self._requests(), kwargs.get("past_key_values")
         begun = begun_for(cache)
-        if begun is not None and begun != requests:
+        if begun is not None and begun.requests != requests:
             raise ValueError("past_key_values: got a cache begun for other prompts, wanted those of this batch")
         if requests is None:
             return inner(**kwargs)
@@ -167,11 +177,13 @@ class Prompts:
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
             kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
-            setattr(kwargs["past_key_values"], BEGUN, requests)
-        total = kwargs["past_key_values"].get_seq_length() - longest + inputs.shape[1]
-        mask = mask_of(kwargs, (len(inputs), total), inputs.device)
-        virtual = torch.arange(longest, device=inputs.device) >= longest - tokens[:, None]
-        kwargs["attention_mask"] = torch.cat([virtual.to(mask.dtype), mask], 1)
+            begun = Begun(requests, settled=kwargs.get("attention_mask") is None)
+            setattr(kwargs["past_key_values"], BEGUN, begun)
+        past = kwargs["past_key_values"].get_seq_length() - longest
+        mask = mask_of(kwargs, (len(inputs), past + inputs.shape[1]), inputs.device)
+        if not begun.settled:
+            begun.settled = settle(kwargs["past_key_values"], mask, past, longest)
+        kwargs["attention_mask"] = before(mask, tokens, longest)
         if self._positioned:
             kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1]) + tokens[:, None]
         labels = kwargs.pop("labels", None)
@@ -201,26 +213,53 @@ class Prompts:
         return [None if r is None else self._prefix(r, slot, batch) for r, slot in zip(requests, slots, strict=True)]
 
     def _prefix(self, request: PromptOf, adapter: int, batch: multi.Batch | None) -> Prefix:
-        """The kept prefix, or a new one: the model run on the virtual tokens alone."""
+        """The kept prefix, or a new one: who asks first computes it, and only those who ask for the same one wait."""
         device = self.pool.device.type
         key = request, adapter, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        with self._lock:
-            if key not in self._prefixes:
-                alone = None
-                if batch is not None and adapter >= 0:
-                    alone = multi.Batch(batch.tables, [adapter], {adapter: batch.width})
-                rows = self.pool[request.start : request.start + request.tokens]
-                with torch.inference_mode(False), torch.no_grad(), multi.serving(alone):
-                    output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
-                cache = output.get("past_key_values")
-                check_plain(cache)
-                layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-                self._prefixes[key] = Prefix(type(cache), layers, output.logits[0, -1].clone())
-            self._prefixes.move_to_end(key)
-            found = self._prefixes[key]
-            while len(self._prefixes) > 1 and sum(kept.tokens for kept, *_ in self._prefixes) > self.kept_tokens:
-                self._prefixes.popitem(last=False)
-            return found
+        while True:
+            with self._lock:
+                kept = self._prefixes.get(key)
+                promise = self._prefixes.setdefault(key, Future())
+                self._prefixes.move_to_end(key)
+                if kept is None:
+                    self._make_room(request, adapter, batch)
+            if kept is None:
+                try:
+                    promise.set_result(self._read(request, adapter, batch))
+                except BaseException as error:
+                    with self._lock:
+                        if self._prefixes.get(key) is promise:
+                            del self._prefixes[key]
+                    promise.set_exception(error)
+                    raise
+            if promise.exception() is None:
+                return promise.result()
+
+    def _read(self, request: PromptOf, adapter: int, batch: multi.Batch | None) -> Prefix:
+        """The model run on the virtual tokens alone."""
+        alone = None
+        if batch is not None and adapter >= 0:
+            alone = multi.Batch(batch.tables, [adapter], {adapter: batch.width})
+        rows = self.pool[request.start : request.start + request.tokens]
+        with torch.inference_mode(False), torch.no_grad(), multi.serving(alone):
+            output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
+        cache = output.get("past_key_values")
+        check_plain(cache)
+        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        return Prefix(type(cache), layers, output.logits[0, -1].clone())
+
+    def _make_room(self, request: PromptOf, adapter: int, batch: multi.Batch | None) -> None:
+        """Drop the prefixes of adapters that have left their slots, and the least recently used of too many."""
+
+        def gone(prefix: PromptOf, slot: int) -> bool:
+            if batch is None or slot < 0:
+                return False
+            return not batch.tables.widest[slot] or (slot == adapter and prefix.version[1:] != request.version[1:])
+
+        for key in [key for key in self._prefixes if gone(*key[:2])]:
+            del self._prefixes[key]
+        while len(self._prefixes) > 1 and sum(kept.tokens for kept, *_ in self._prefixes) > self.kept_tokens:
+            self._prefixes.popitem(last=False)
 
     def _encoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The encoder's forward, on embeddings that begin with the virtual tokens."""
@@ -259,10 +298,10 @@ class Prompts:
         return kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask}
 
 
-def begun_for(cache: Any) -> Requests | None:
-    """The requests whose virtual tokens a cache begins with."""
-    requests: Requests | None = getattr(cache, BEGUN, None)
-    return requests if requests is not None and cache.get_seq_length() else None
+def begun_for(cache: Any) -> Begun | None:
+    """What a cache begins with; None for one without virtual tokens."""
+    begun: Begun | None = getattr(cache, BEGUN, None)
+    return begun if begun is not None and cache.get_seq_length() else None
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -119,8 +119,9 @@ class SoftPrompt(nn.Module):
             what = "a LoRA adapter" if found.prompt is None else f"{len(found.prompt)} virtual tokens"
             raise ValueError(f"{folder}: got {what}, wanted a soft prompt of 1 to {MOST}")
         prompt.weight = nn.Parameter(found.prompt.to(weight.device))
-        if found.decoder_prompt is not None:
-            prompt.decoder_weight = found.decoder_prompt.to(weight.device)
+        if encoder_decoder:  # PEFT may save none, and reads none: ours are saved by the same shapes either way
+            rows = found.prompt if found.decoder_prompt is None else found.decoder_prompt
+            prompt.decoder_weight = rows.to(weight.device, copy=True)
         return prompt
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ Every row has a number of its own, and is laid out by columns and masks: shapes 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,53 @@ def check_plain(cache: Any) -> None:
     kinds = {type(part).__name__ for part in (cache, *getattr(cache, "layers", ()))}
     if not kinds <= {"DynamicCache", "DynamicLayer"}:
         raise ValueError(f"past_key_values: got {', '.join(sorted(kinds))}, wanted DynamicCache of plain DynamicLayer")
+
+
+def before(mask: Tensor, tokens: Tensor, longest: int) -> Tensor:
+    """attention_mask: [B, longest + S], in which each row's virtual tokens stand right before its own.
+
+    mask: [B, S].   tokens: [B].
+    """
+    own = longest + first_attended(mask)[:, None]
+    column = torch.arange(longest + mask.shape[1], device=mask.device)
+    virtual = (column >= own - tokens[:, None]) & (column < own)
+    return torch.where(virtual, 1, F.pad(mask, (longest, 0))).to(mask.dtype)
+
+
+def settle(cache: Any, mask: Tensor, past: int, longest: int) -> bool:
+    """Let the cache's next update put the virtual tokens of rows whose own begin in it right before them.
+
+    mask: [B, S], `past` columns of which the cache has.   Returns whether all rows have begun.   A model may count
+    distances in columns (ALiBi, local windows), so padding must not come between; whether there is any is read from
+    the device, once a batch.
+    """
+    first = first_attended(mask)
+    shift = torch.where(first >= past, first, 0)
+    padded, begun = torch.stack([shift.any(), (mask != 0).any(1).all()]).tolist()
+    if padded:
+        check_plain(cache)
+        for layer in cache.layers:
+            layer.update = functools.partial(_shifted_update, layer, shift, longest)
+    return bool(begun)
+
+
+def _shifted_update(layer: Any, shift: Tensor, longest: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The layer's own update, this once, and then its first `longest` columns go behind padding.   shift: [B]."""
+    del layer.update
+    layer.update(*args, **kwargs)
+    source = behind(shift, longest, layer.keys.shape[-2])[:, None, :, None]
+    layer.keys, layer.values = (t.take_along_dim(source, -2) for t in (layer.keys, layer.values))
+    return layer.keys, layer.values
+
+
+def behind(padding: Tensor, tokens: int, columns: int) -> Tensor:
+    """[B, columns] of where columns come from when each row's first `tokens` go behind the padding after them.
+
+    padding: [B], columns of it.
+    """
+    column, padding = torch.arange(columns, device=padding.device), padding[:, None]
+    rest = torch.where(column < padding, column + tokens, column)
+    return torch.where((column >= padding) & (column < padding + tokens), column - padding, rest)
 
 
 def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, config: Any) -> Any:

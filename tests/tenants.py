@@ -18,8 +18,10 @@ from fastlora.prompts import PromptOf, Prompts
 LENGTHS = (1, 5, 20)
 WHO = (1, 0, 20, 5, 0)
 """The batch's requests by the length of their prompt."""
-CAUSAL = ("llama", "qwen3", "gpt2")
-FAMILIES = (*CAUSAL, "t5", "bart")
+BY_COLUMN = ("gpt_neo", "mpt", "bloom", "falcon")
+"""Families that count distances in columns: a local window, or ALiBi."""
+CAUSAL = ("llama", "qwen3", "gpt2", *BY_COLUMN)
+FAMILIES = ("llama", "qwen3", "gpt2", "t5", "bart")
 
 
 def small(family: str) -> transformers.PreTrainedModel:
@@ -30,6 +32,8 @@ def small(family: str) -> transformers.PreTrainedModel:
         ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None)
         config = transformers.BartConfig(vocab_size=VOCABULARY, **ids, **sizes, **heads)
         model = transformers.BartForConditionalGeneration(config).eval()
+    elif family in BY_COLUMN:
+        model = by_column(family).eval()
     else:
         model = base_model(family)
     with torch.no_grad():
@@ -39,10 +43,26 @@ def small(family: str) -> transformers.PreTrainedModel:
     return model
 
 
+def by_column(family: str) -> transformers.PreTrainedModel:
+    ids = dict(vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_size=32)
+    if family == "gpt_neo":
+        local = dict(attention_types=[[["global", "local"], 1]], window_size=6, max_position_embeddings=64)
+        return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**ids, **local, num_layers=2, num_heads=4))
+    if family == "mpt":
+        ids["d_model"] = ids.pop("hidden_size")
+        return transformers.MptForCausalLM(transformers.MptConfig(**ids, n_layers=2, n_heads=4, max_seq_len=64))
+    if family == "bloom":
+        return transformers.BloomForCausalLM(transformers.BloomConfig(**ids, n_layer=2, n_head=4))
+    sizes = dict(num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**ids, **sizes))
+
+
 def with_prompt(base: nn.Module, rows: Tensor, family: str) -> nn.Module:
     """PEFT's prompt tuning around the base, with these virtual tokens."""
     task = "CAUSAL_LM" if family in CAUSAL else "SEQ_2_SEQ_LM"
-    model = get_peft_model(base, PromptTuningConfig(task_type=task, num_virtual_tokens=len(rows)))
+    width = base.get_input_embeddings().weight.shape[1]
+    sizes = dict(token_dim=width, num_layers=2, num_attention_heads=4)  # which PEFT does not find in every config
+    model = get_peft_model(base, PromptTuningConfig(task_type=task, num_virtual_tokens=len(rows), **sizes))
     weight = model.prompt_encoder["default"].embedding.weight.data
     weight.normal_()  # a decoder's half, if there is one
     weight[: len(rows)] = rows

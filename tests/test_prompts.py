@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import VOCABULARY, lora_config
 from peft import get_peft_model, inject_adapter_in_model
-from tenants import FAMILIES, LENGTHS, WHO, Tenants, calls, one, padded, rows_of, small, with_prompt
+from tenants import BY_COLUMN, FAMILIES, LENGTHS, WHO, Tenants, calls, one, padded, rows_of, small, with_prompt
 from tolerance import assert_all_close, assert_same
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ def llama() -> Iterator[Tenants]:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", (*FAMILIES, *BY_COLUMN))
 def test_logits_and_loss_are_each_rows_own(family: str, side: str) -> None:
     draws = []
     for seed in range(3):
@@ -83,6 +83,29 @@ def test_generated_tokens_are_each_rows_own(tenants: Tenants, options: dict[str,
     unprompted = tenants.generate((0,) * 5, **batch, **options, use_cache=use_cache)
     changed = (tokens != unprompted).any(1).view(-1, each).any(1)
     assert changed[[1, 4]].sum() == 0 and changed[[0, 2, 3]].sum() > 1, "the prompts changed hardly anything"
+
+
+@pytest.mark.parametrize("family", BY_COLUMN)
+def test_models_that_count_columns_generate_behind_padding(family: str) -> None:
+    tenants, rows = Tenants.of(family), rows_of()
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=2, use_cache=True)
+    tokens = tenants.generate(WHO, **padded(rows, "left"), **options)
+    for mine, row, P in zip(tokens, rows, WHO, strict=True):
+        assert_same(mine[-6:], tenants.plain[P].generate(**one(row), **options)[0, -6:])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neo", "mpt"])
+@pytest.mark.parametrize("chunk", [1, 2, 5])
+def test_a_row_may_begin_in_a_later_chunk(family: str, chunk: int) -> None:
+    tenants, batch = Tenants.of(family), padded(rows_of(), "left")
+    ids, mask, cache, parts = batch["input_ids"], batch["attention_mask"], None, []
+    for at in range(0, 7, chunk):
+        upto = at + chunk
+        chunked = {"input_ids": ids[:, at:upto], "attention_mask": mask[:, :upto], "past_key_values": cache}
+        out = tenants.forward(WHO, **chunked, use_cache=True)
+        cache, parts = out.past_key_values, [*parts, out.logits]
+    own = mask == 1
+    torch.testing.assert_close(torch.cat(parts, 1)[own], tenants.forward(WHO, **batch).logits[own])
 
 
 def test_left_padded_encoders_generate_the_same() -> None:
@@ -204,7 +227,7 @@ def test_prompts_together_with_adapters() -> None:
                 setattr(parent, name, member)
             group = multi.Group(members, tables, torch.float32)
             for slot, start in ((0, 0), (1, 4)):
-                tables.start[slot] = start
+                tables.hold(slot, start, ranks[slot])
                 layers = [getattr(parent, name) for parent, name in named[1 + slot]]
                 factors = [
                     (l.lora_A["default"].weight, l.lora_B["default"].weight, None, l.scaling["default"]) for l in layers

@@ -81,6 +81,73 @@ def test_a_failing_prefix_leaves_nothing_behind(llama: Tenants) -> None:
     assert_same(llama.forward(WHO, **batch).logits, want)
 
 
+def test_a_slow_prefix_is_waited_for_by_nobody_else(llama: Tenants) -> None:
+    batch, seen = padded(rows_of((4,)), "left"), calls(llama.model)
+    want = {P: Tenants.of("llama").forward((P,), **batch).logits for P in (1, 5)}
+    llama.forward((1,), **batch)
+    slow, begun, on = threading.local(), threading.Event(), threading.Event()
+
+    def hold(*_: object) -> None:
+        if getattr(slow, "first", False):
+            slow.first = False
+            begun.set()
+            assert on.wait(30)
+
+    llama.model.model.layers[0].register_forward_pre_hook(hold)
+    found: dict[str, Tensor] = {}
+
+    def ask(who: str, P: int) -> None:
+        slow.first = who == "computes"
+        found[who] = llama.forward((P,), **batch).logits
+
+    computes, same = (threading.Thread(target=ask, args=(who, 5)) for who in ("computes", "asks for the same"))
+    computes.start()
+    assert begun.wait(30)
+    same.start()
+    other = threading.Thread(target=ask, args=("asks for another", 1))
+    other.start()
+    other.join(30)
+    assert_same(found["asks for another"], want[1])
+    assert not other.is_alive() and computes.is_alive() and same.is_alive()
+    on.set()
+    for thread in (computes, same):
+        thread.join(30)
+    assert_same(found["computes"], want[5])
+    assert_same(found["asks for the same"], want[5])
+    assert seen.count(True) == 2, "one computation of each prefix"
+
+
+def test_who_waits_for_a_prefix_that_fails_computes_it_again(llama: Tenants) -> None:
+    batch = padded(rows_of((4,)), "left")
+    want = Tenants.of("llama").forward((5,), **batch).logits
+    begun, on, failed = threading.Event(), threading.Event(), []
+
+    def fail_once(*_: object) -> None:
+        if not begun.is_set():
+            begun.set()
+            assert on.wait(30)
+            raise ZeroDivisionError
+
+    llama.model.model.layers[-1].register_forward_pre_hook(fail_once)
+    found: list[Tensor] = []
+
+    def ask() -> None:
+        try:
+            found.append(llama.forward((5,), **batch).logits)
+        except ZeroDivisionError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    on.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(failed) == len(found) == 1
+    assert_same(found[0], want)
+
+
 def test_autocast_has_prefixes_of_its_own(llama: Tenants) -> None:
     batch, seen = padded(rows_of(), "left"), calls(llama.model)
     full = llama.forward(WHO, **batch).logits

@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora"):
         SoftPrompt.load(tmp_path / "lora", embedding)
     prompt.save(tmp_path / "prompt")
-    with pytest.raises(ValueError, match="got shape"):
+    with pytest.raises(ValueError, match="got task_type 'CAUSAL_LM'"):
         SoftPrompt.load(tmp_path / "prompt", embedding, encoder_decoder=True)
 
 

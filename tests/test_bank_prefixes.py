@@ -1,0 +1,66 @@
+"""A bank's prefixes are those of the loads that a batch began with, and go when these are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from banked import bank_of, model_of, prompter, take, tenant
+from models import logits
+from peft import PeftModel
+from tolerance import assert_same
+from torch import Tensor, arange, nn
+
+from fastlora import AdapterBank
+
+ROW = {"input_ids": arange(3, 8)[None]}
+
+
+def answer(bank: AdapterBank, adapter: str | None = "a", prompt: str = "p") -> Tensor:
+    with bank.use([adapter], [prompt]):
+        return logits(model_of(bank), ROW)
+
+
+def alone(base: nn.Module, adapter: PeftModel | None, prompt: PeftModel) -> Tensor:
+    bank = bank_of(base)
+    take(bank, "p", prompt)
+    if adapter is not None:
+        take(bank, "a", adapter)
+    return answer(bank, None if adapter is None else "a")
+
+
+def kept(bank: AdapterBank) -> list[tuple[int, ...]]:
+    """The generations (prompt, adapter) of the prefixes that are kept."""
+    found: Any = bank._prompts._prefixes
+    return [request.version for request, *_ in found]
+
+
+def test_a_prefix_is_of_the_loads_of_prompt_and_adapter(base: nn.Module) -> None:
+    """With one slot each, nothing but their generations tells a new adapter or prompt from the old."""
+    bank = bank_of(base, max_loras=1, max_prompts=1)
+    adapters, prompts = [tenant(base, r=4) for _ in range(2)], [prompter(base, 3) for _ in range(2)]
+    loads = [take(bank, "p", prompts[0]), take(bank, "a", adapters[0])]
+    assert_same(answer(bank), alone(base, adapters[0], prompts[0]))
+    assert kept(bank) == [tuple(loads)]
+    loads[1] = take(bank, "a", adapters[1], replace=True)
+    assert_same(answer(bank), alone(base, adapters[1], prompts[0]))
+    assert kept(bank) == [tuple(loads)], "the first adapter's prefix is dead"
+    loads[0] = take(bank, "p", prompts[1], replace=True)
+    assert_same(answer(bank), alone(base, adapters[1], prompts[1]))
+    assert kept(bank) == [tuple(loads)]
+
+
+def test_prefixes_of_replaced_adapters_do_not_stay(base: nn.Module) -> None:
+    bank = bank_of(base)
+    prompt = take(bank, "p", prompter(base, 3))
+    other = take(bank, "other", tenant(base, r=2))
+    answer(bank, "other")
+    answer(bank, None)
+    loads = []
+    for _ in range(6):
+        loads.append(take(bank, "a", tenant(base, r=4), replace=True))
+        answer(bank)
+        assert set(kept(bank)) == {(prompt, other), (prompt, 0), (prompt, loads[-1])}
+    bank.delete_adapter("a")
+    take(bank, "q", prompter(base, 2))
+    answer(bank, "other", "q")
+    assert (prompt, loads[-1]) not in kept(bank)
