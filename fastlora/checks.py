@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transformed
+from torch.autograd import forward_ad
 
 from fastlora.reference import ACTIVATIONS, Projection
 
@@ -105,12 +106,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast computes in on x's device; None when it is off, or x is fp64, which autocast leaves alone.
 
     The meta device has no autocast, and torch does not let one ask.
-    Raises RuntimeError under torch.func's transforms, which need a rule of their own for every op.
+    Raises RuntimeError under torch.func's transforms and in forward-mode AD, which need a rule of their own for every
+    op: without one a tangent may be lost in silence.
     """
-    if transformed():
+    if transformed() or forward_ad._current_level >= 0:
         raise RuntimeError(
-            "fastlora: torch.func (grad, vmap, jvp, …) does not see through the fused ops; fastlora.reference has the "
-            "same signatures in plain torch, and a layer that fastlora.patch took runs PEFT's own forward there"
+            "fastlora: torch.func (grad, vmap, jvp, …) and forward-mode AD do not see through the fused ops; "
+            "fastlora.reference has the same signatures in plain torch, and a layer that fastlora.patch took runs "
+            "PEFT's own forward there"
         )
     device = "cpu" if x.is_cpu else x.device.type
     if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):

@@ -274,8 +274,10 @@ def test_torch_func_is_refused_clearly_and_taken_by_the_reference() -> None:
     a, x, *rest = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     over_rows = (None, 0, None, None, None)
     for transformed in (partial(torch.func.vmap, in_dims=over_rows), torch.func.grad):
-        with pytest.raises(RuntimeError, match=r"torch\.func .* does not see through the fused ops"):
+        with pytest.raises(RuntimeError, match=r"torch\.func .* do not see through the fused ops"):
             transformed(partial(loss, lora_linear))(a, x, *rest)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode AD"):
+        loss(lora_linear, a, torch.autograd.forward_ad.make_dual(x, x), *rest)
     by_row = torch.func.vmap(torch.func.grad(partial(loss, reference.lora_linear)), over_rows)(a, x, *rest)
     a.requires_grad_()
     for grad, row in zip(by_row, x, strict=True):
