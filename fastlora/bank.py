@@ -204,8 +204,8 @@ class AdapterBank:
         adapter_names, prompt_names: a name for each request of the batch, None or "__base__" for none; None for all
         without.   What `forward` or `generate` is called with has as many rows. (generate makes its beams and
         num_return_sequences itself; in a loop of one's own each of them is a request.)   A `use` inside of another
-        takes its place, soft prompts and all, until it ends. Enter it where the model runs: other threads and tasks have
-        batches of their own. A task that is begun inside has this one, and raises RuntimeError when it outlives it.
+        takes its place, soft prompts and all, until it ends. Enter it where the model runs: other threads and tasks
+        have batches of their own. A task that is begun inside has this one, and raises RuntimeError if it outlives it.
         Raises UnknownAdapter; ValueError when the two differ in length, or, once the model runs, from the batch;
         RuntimeError when not all of them fit on the device beside what is pinned or in use.
         """

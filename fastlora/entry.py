@@ -53,19 +53,33 @@ class Entry(Prompts):
             return super()._of(requests)
 
     def _whole(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """forward, which says to the layers how many rows there are."""
+        """The model's forward."""
         turn = turn_of(self.tables)
         if turn is not None and isinstance(turn.batch, Standing):
             self._renew(turn.batch)
-        if turn is None or not isinstance(turn.batch, Batch) or not turn.batch.slots:
-            return inner(*args, **kwargs)
         kwargs = named(inner, args, kwargs)
+        with self._counted(kwargs):
+            return inner(**kwargs)
+
+    def _encoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The encoder's, which generate calls by itself."""
+        kwargs = named(inner, args, kwargs)
+        with self._counted(kwargs):
+            return super()._encoder(inner, **kwargs)
+
+    @contextlib.contextmanager
+    def _counted(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Layers called inside know how many rows there are.   Raises ValueError when those are not the batch's."""
+        turn = turn_of(self.tables)
+        if turn is None or not isinstance(turn.batch, Batch) or not turn.batch.slots:
+            yield
+            return
         rows, requests = _rows(kwargs), len(turn.batch.slots)
         if rows % requests or (rows != requests and rows and not turn.generating):
             wanted = f"a multiple of the batch's {requests} requests" if turn.generating else f"the batch's {requests}"
             raise ValueError(f"input_ids: got {rows} rows, wanted {wanted}")
         with serving.again(turn, rows=rows):
-            return inner(**kwargs)
+            yield
 
     def _multiplied(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate, called with a row for each request."""

@@ -45,8 +45,7 @@ class Tables:
     widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   given: [G + 2] int32, what a
     mapping's number means, the number + 1 being its place: itself where its slot was given out, else −1.   edition:
     counts the numbers that were taken back.   fused_rows: up to so many rows a plain linear layer's own matmul runs in
-    our launch too.   flat: whether an x of two dimensions is known to be the tokens of the batch in their order.
-    standing: each thread's prepared mapping.
+    our launch too.   standing: each thread's prepared mapping.
     """
 
     rows: int
@@ -54,7 +53,6 @@ class Tables:
     widest: list[int] = field(default_factory=list)
     edition: int = 0
     fused_rows: int = 0
-    flat: bool = True
     standing: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:
@@ -360,6 +358,8 @@ class MultiLoRALinear(JobLayer):
 
     group: Group | None = None
     index: int = 0
+    flat: bool = False
+    """Whether an x of two dimensions is the batch, request by request."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.jobs:
@@ -374,8 +374,8 @@ class MultiLoRALinear(JobLayer):
 
     def _check_rows(self, x: Tensor, rows: int) -> None:
         """Raises ValueError unless x begins with the rows that the model was called with."""
-        flat = x.dim() == 2 and self.group is not None and self.group.tables.flat
-        if x.shape[0] != rows and not (flat and x.shape[0] % rows == 0):
+        whole = x.shape[0] % rows == 0 if self.flat else x.shape[0] == rows
+        if not whole or (x.dim() == 2 and not self.flat):
             raise ValueError(
                 f"x: got shape {tuple(x.shape)} in a layer of a model that was called with {rows} rows, wanted "
                 f"[{rows}, tokens, {self.in_features}]: whose rows these are cannot be known; leave this layer out by "
