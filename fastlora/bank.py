@@ -362,10 +362,9 @@ def _mapping(given: Any, slots: int) -> Tensor:
     what = "token_lora_mapping"
     try:
         mapping = torch.as_tensor(given)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{what}: got {given!r:.60}, wanted whole numbers, one for each row") from error
-    except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"{what}: got numbers out of bounds, wanted −1 to {slots - 1}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        wanted = f"whole numbers from −1 to {slots - 1}, one for each row"
+        raise ValueError(f"{what}: got {given!r:.60}, wanted {wanted}: {error}") from error
     if mapping.dim() != 1 or len(mapping) == 0:
         raise ValueError(f"{what}: got shape {tuple(mapping.shape)}, wanted [M], a number for each of 1 row or more")
     if mapping.is_floating_point() or mapping.is_complex() or mapping.dtype == torch.bool:
