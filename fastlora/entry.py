@@ -17,7 +17,6 @@ from fastlora.multi import Batch, Tables
 from fastlora.prompts import PromptOf, Prompts, Requests, named
 from fastlora.serving import turn_of
 from fastlora.standing import Standing
-from fastlora.virtual import Prefix
 
 _BATCHES = ("input_ids", "inputs_embeds", "inputs", "encoder_outputs", "decoder_input_ids", "decoder_inputs_embeds")
 """Arguments whose first dimension is the batch's, the likeliest first."""
@@ -48,14 +47,12 @@ class Entry(Prompts):
         turn = turn_of(self.tables)
         return None if turn is None else turn.prompts
 
-    def _of(self, requests: Requests) -> list[Prefix | None]:
-        with serving.serving(serving.current(self.tables)):  # beside the batches of other banks
-            return super()._of(requests)
-
     def _whole(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's forward."""
         turn = turn_of(self.tables)
-        if turn is not None and isinstance(turn.batch, Standing):
+        if turn is None:
+            return inner(*args, **kwargs)
+        if isinstance(turn.batch, Standing):
             self._renew(turn.batch)
         kwargs = named(inner, args, kwargs)
         with self._counted(kwargs):

@@ -45,7 +45,8 @@ class Tables:
     widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   given: [G + 2] int32, what a
     mapping's number means, the number + 1 being its place: itself where its slot was given out, else −1.   edition:
     counts the numbers that were taken back.   fused_rows: up to so many rows a plain linear layer's own matmul runs in
-    our launch too.   standing: each thread's prepared mapping.
+    our launch too.   standing: each thread's prepared mapping.   said: how
+    many batches are being served or stand, in all threads.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Tables:
     widest: list[int] = field(default_factory=list)
     edition: int = 0
     fused_rows: int = 0
+    said: int = 0
     standing: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 
 @dataclass(eq=False)
@@ -29,9 +32,17 @@ class Turn:
 _turns: ContextVar[tuple[Turn, ...]] = ContextVar("turns", default=())
 """The innermost first."""
 
+_counting = threading.Lock()
+
 
 def turn_of(tables: Any) -> Turn | None:
-    """What the layers of a bank serve here: the innermost turn, else what stands in this thread."""
+    """What the layers of a bank serve here: the innermost turn, else what stands in this thread.
+
+    torch.compile cannot read a context variable; where nobody anywhere has said anything it need not, and the base
+    alone is one graph.
+    """
+    if not tables.said and torch.compiler.is_compiling():
+        return None
     found = entered(tables)
     return found if found is not None else getattr(tables.standing, "turn", None)
 
@@ -58,12 +69,20 @@ def current(tables: Any = None) -> Any:
 @contextlib.contextmanager
 def taking(turn: Turn) -> Iterator[None]:
     """Layers called inside, in this task or thread, serve the turn, and afterwards what they did before."""
+    _count(turn.tables, 1)
     _turns.set((turn, *_turns.get()))
     try:
         yield
     finally:
         turn.over = True
+        _count(turn.tables, -1)
         _turns.set(tuple(other for other in _turns.get() if other is not turn))
+
+
+def _count(tables: Any, one: int) -> None:
+    if tables is not None:
+        with _counting:
+            tables.said += one
 
 
 def serving(batch: Any) -> contextlib.AbstractContextManager[None]:
@@ -78,6 +97,7 @@ def again(turn: Turn, **changes: Any) -> contextlib.AbstractContextManager[None]
 
 def stand(tables: Any, batch: Any) -> None:
     """The bank's layers serve `batch` in this thread wherever no turn says otherwise; None: the base alone."""
+    _count(tables, (batch is not None) - (standing(tables) is not None))
     tables.standing.turn = None if batch is None else Turn(tables, batch)
 
 

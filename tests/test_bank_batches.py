@@ -195,3 +195,17 @@ def test_layers_that_take_the_batch_in_one_dimension_are_served(base: nn.Module,
     bank = bank_with(flattened, tenants)
     with bank.use(["a", None]):
         assert relative_error(logits(model_of(bank), IDS), expected.double()) < 1e-5
+
+
+def test_the_base_alone_compiles_to_one_graph(base: nn.Module, tenants: dict[str, PeftModel]) -> None:
+    bank = bank_with(base, tenants)
+    torch._dynamo.reset()
+    compiled = torch.compile(model_of(bank), backend="eager", fullgraph=True)
+    for mapping in (False, True):
+        if mapping:
+            bank.prepare([-1] * 10)
+            bank.prepare(None)
+        assert_same(logits(compiled, IDS), logits(base, IDS))
+        with bank.use(["a", "a"]):
+            assert_served(logits(model_of(bank), IDS), tenants["a"])
+        assert bank._attached.tables.said == 0

@@ -120,6 +120,18 @@ def test_a_number_is_never_somebody_elses(base: nn.Module, tenants: dict[str, Pe
     bank.prepare(None)
 
 
+def test_the_number_of_an_evicted_adapter_is_the_base(base: nn.Module, tenants: dict[str, PeftModel]) -> None:
+    bank = bank_of(base, max_loras=1)
+    take(bank, "a", tenants["a"])
+    old = bank.slot("a")
+    bank.pin_adapter("a", False)
+    take(bank, "b", tenants["b"])
+    assert bank._versions["b"].slot == old
+    bank.prepare([old] * 10)
+    assert_same(served(bank), logits(base, IDS))
+    bank.prepare(None)
+
+
 def test_a_mapping_stands_on_whole_versions(base: nn.Module, tenants: dict[str, PeftModel]) -> None:
     """Replaced in the middle of a forward, an adapter serves that forward to its end; the next one has the base."""
     bank = bank_of(base, max_loras=2, max_total_rank=8)

@@ -36,7 +36,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
     "storage": {"adapters", "pools", "runs"},
     "jobs": {"adapters", "attach", "trained"},
     "standing": {"dispatch", "multi", "ops"},
-    "entry": {"multi", "prompts", "serving", "standing", "virtual"},
+    "entry": {"multi", "prompts", "serving", "standing"},
     "bank": {"adapters", "attach", "entry", "multi", "pools", "prompts", "serving", "standing", "storage"},
     "warm": {"dispatch"},
     "peft": {"functional", "dispatch", "groups", "modules", "ops", "reference"},
