@@ -15,6 +15,9 @@ from fastlora import groups, multi
 from fastlora.adapters import Adapter, Target, matches, read
 from fastlora.multi import Group, MultiLoRALinear, Tables
 
+IDS = 2, 3
+"""The shape of the ids that a model is traced with: a shape in a layer says what each of its dimensions is."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -146,8 +149,13 @@ class Attached:
         self.target = _target(self.base, named, dtype)
         self.device = self._seats.device
         self.tables = Tables.empty(slots, rows, self.device)
-        together, _ = groups.siblings(self.base, {name: place.layer for name, place in named.items()}, multi.TOGETHER)
+        traced = {name: place.layer for name, place in named.items()}
+        calls, _ = groups.trace(self.base, traced, ids=IDS)
+        flat = _flat(calls)
+        together = groups.runs(self.base, traced, calls, multi.TOGETHER)
         self.layers = self._seats.fill()
+        for name, layer in self.layers.items():
+            layer.flat = name in flat
         self.groups = [Group([self.layers[name] for name in run], self.tables, self.target.dtype) for run in together]
         self.names = together
 
@@ -172,6 +180,29 @@ class Attached:
             options = {**config.to_dict(), "init_lora_weights": True, "rank_pattern": ranks}
             factors = read(state, options, self.target, name).factors
             yield name, Adapter.lora({layer: replace(f, scaling=scaling[layer]) for layer, f in factors.items()})
+
+
+def _flat(calls: list[groups.Call]) -> set[str]:
+    """The layers that take a batch in one dimension.
+
+    Raises ValueError for layers whose rows begin with anything but the requests, in their order.
+    """
+    flat, wrong = set(), {}
+    rows, tokens = IDS
+    for call in calls:
+        first, *others = call.x.shape[:-1]
+        if not others and first in (rows, rows * tokens):
+            flat.add(call.name)
+        elif first != rows:
+            wrong[call.name] = tuple(call.x.shape)
+    if wrong:
+        name, shape = next(iter(wrong.items()))
+        raise ValueError(
+            f"model: got {len(wrong)} layers whose rows do not begin with the requests ({name} is called with "
+            f"{shape} for {rows} requests of {tokens} tokens), wanted [requests, tokens, features]; leave them out by "
+            f"target_modules: {', '.join(wrong)}"
+        )
+    return flat
 
 
 def _target(base: Any, places: dict[str, Place], dtype: torch.dtype | None) -> Target:

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapters, multi
+from fastlora import adapters, serving
 from fastlora.attach import Attached
+from fastlora.entry import Entry
 from fastlora.multi import Batch
 from fastlora.pools import LayerPools, PromptPools
-from fastlora.prompts import PromptOf, Prompts
+from fastlora.prompts import PromptOf
 from fastlora.standing import Standing
 from fastlora.storage import Listing, Shelf, Storage, UnknownAdapter, Version
 
@@ -75,7 +76,7 @@ class AdapterBank:
                 raise ValueError(f"{what}: got {size!r}, wanted a whole number ≥ 1")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"dtype: got {dtype}, wanted a floating dtype")
-        self._closed = False
+        self._closed, self._running = False, 0
         self._lock = threading.RLock()
         self._mine = threading.local()
         self._generations = itertools.count(1)
@@ -85,9 +86,10 @@ class AdapterBank:
         self._attached.tables.fused_rows = fused_rows
         with contextlib.ExitStack() as undo:
             undo.callback(self._attached.detach)
-            self._prompts = Prompts(self._attached.base, max_prompts, max_prompt_tokens)
+            tables = self._attached.tables
+            self._prompts = Entry(self._attached.base, max_prompts, max_prompt_tokens, tables, self._renew)
             undo.callback(self._prompts.close)
-            layers = LayerPools(self._attached.tables, self._attached.groups, self._attached.names)
+            layers = LayerPools(tables, self._attached.groups, self._attached.names)
             self._lora = Shelf("rank rows", layers, max_loras, max_total_rank)
             prompts = Shelf("virtual tokens", PromptPools(self._prompts), max_prompts, max_prompt_tokens)
             self._storage = Storage({"lora": self._lora, "prompt": prompts}, host_bytes, self._forget)
@@ -113,7 +115,11 @@ class AdapterBank:
         """
         if not isinstance(adapter_name, str) or adapter_name in ("", BASE):
             raise ValueError(f"adapter_name: got {adapter_name!r}, wanted a name other than {BASE!r}")
-        adapter = adapters.read(path_or_state_dict, config, self._attached.target, adapter_name)
+        self._check_open()
+        try:
+            adapter = adapters.read(path_or_state_dict, config, self._attached.target, adapter_name)
+        except OverflowError as error:
+            raise ValueError(f"adapter {adapter_name!r}: got a number beyond fp32 in its config: {error}") from error
         with self._lock:
             self._check_open()
             old = self._versions.get(adapter_name)
@@ -124,6 +130,12 @@ class AdapterBank:
             return self._add(adapter, adapter_name, pinned or (old is not None and old.pinned), old)
 
     def _add(self, adapter: adapters.Adapter, name: str, pinned: bool, old: Version | None) -> int:
+        for layer, factors in adapter.factors.items():
+            if not abs(factors.scaling) <= torch.finfo(torch.float32).max:
+                raise ValueError(
+                    f"adapter {name!r}: got scaling {factors.scaling} for {layer} (lora_alpha over its rank), wanted a "
+                    "finite fp32 number"
+                )
         sizes = adapter.rank, adapter.rows, adapter.bytes
         version = Version(name, next(self._generations), adapter.kind, *sizes, pinned=pinned)
         self._storage.add(version, adapter, old)
@@ -134,6 +146,7 @@ class AdapterBank:
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter; batches that run with it finish with it.   Raises UnknownAdapter."""
         with self._lock:
+            self._check_open()
             version = self._find(name)
             self._forget(version)
             self._storage.retire(version)
@@ -151,6 +164,7 @@ class AdapterBank:
     def pin_adapter(self, name: str, pinned: bool = True) -> None:
         """Bring an adapter to the device and keep it there; or no longer.   Raises UnknownAdapter, RuntimeError."""
         with self._lock:
+            self._check_open()
             version = self._find(name)
             if pinned:
                 self._bring([version])
@@ -159,30 +173,39 @@ class AdapterBank:
     def list_adapters(self) -> list[Listing]:
         """All adapters, in the order of their loads."""
         with self._lock:
+            self._check_open()
             versions = sorted(self._versions.values(), key=lambda v: v.generation)
             return [version.listing() for version in versions]
 
     def slot(self, name: str | None) -> int:
         """The number to put into a mapping for `prepare`; −1 for None or "__base__".
 
-        The adapter is pinned with it: its slot stays its own until it is unpinned, deleted or replaced.
+        The adapter is pinned with it: its slot stays its own until it is unpinned, deleted or replaced. After that the
+        number is the base alone, until `slot` gives it out again, for another adapter.
         Raises UnknownAdapter; RuntimeError when there is too little room.
         """
-        if name is None or name == BASE:
-            return -1
         with self._lock:
+            self._check_open()
+            if name is None or name == BASE:
+                return -1
             version = self._find(name, "lora")
             self.pin_adapter(name)
+            if not version.given:
+                version.given = True
+                self._lora.pools.give(version.slot)
             return version.slot
 
     @contextlib.contextmanager
     def use(
         self, adapter_names: Sequence[str | None] | None = None, prompt_names: Sequence[str | None] | None = None
     ) -> Iterator[None]:
-        """The model's forward and generate, called in this thread inside, serve each request with its own.
+        """The model's forward and generate, called in this thread or task inside, serve each request with its own.
 
         adapter_names, prompt_names: a name for each request of the batch, None or "__base__" for none; None for all
-        without.   Enter it in the thread that generates: other threads have batches of their own.
+        without.   What `forward` or `generate` is called with has as many rows. (generate makes its beams and
+        num_return_sequences itself; in a loop of one's own each of them is a request.)   A `use` inside of another
+        takes its place, soft prompts and all, until it ends. Enter it where the model runs: other threads and tasks
+        have batches of their own. A task that is begun inside has this one, and raises RuntimeError if it outlives it.
         Raises UnknownAdapter; ValueError when the two differ in length, or, once the model runs, from the batch;
         RuntimeError when not all of them fit on the device beside what is pinned or in use.
         """
@@ -201,14 +224,16 @@ class AdapterBank:
                 PromptOf(p.slot, p.start, p.rows, (p.generation, v.generation if v else 0)) if p else None
                 for p, v in zip(ahead, mine, strict=True)
             ]
+            self._running += 1
             for version in held:
                 version.users += 1
         try:
-            with multi.serving(batch), self._prompts.serving(wanted) if any(wanted) else contextlib.nullcontext():
+            with serving.taking(serving.Turn(self._attached.tables, batch)), self._prompts.serving(wanted):
                 yield
         finally:
             self._tidy()
             with self._lock:
+                self._running -= 1
                 for version in held:
                     self._storage.release(version)
 
@@ -239,37 +264,49 @@ class AdapterBank:
         """Serve this thread's calls by a mapping from now on, without `use`; None for the base alone again.
 
         token_lora_mapping: [M], the `slot` of each row of x, tokens of a batch in their order, −1 for base only; so is
-        a slot whose adapter is gone. It is copied into buffers that were made for the first mapping of M rows: later
-        ones (int32, on the device) allocate nothing and wait for nothing, and a captured CUDA graph replays with the
-        latest.
-        Raises TypeError, ValueError.
-        """
-        if token_lora_mapping is None:
-            self._stand(None)
-            return
-        self._check_open()
-        mapping = torch.as_tensor(token_lora_mapping)
-        if mapping.dim() != 1 or mapping.is_floating_point() or mapping.dtype == torch.bool:
-            raise ValueError(
-                f"token_lora_mapping: got shape {tuple(mapping.shape)} of {mapping.dtype}, wanted [M] whole numbers"
-            )
-        made: dict[int, Standing] = self._mine.__dict__.setdefault("standing", {})
-        M = len(mapping)
-        if M not in made:
-            made[M] = Standing(self._attached.tables, M)
-        made[M].copy_(mapping)
-        self._tidy()
-        self._stand(made[M])
+        a number that `slot` did not give out, or whose adapter is gone. It is copied into buffers that were made for
+        the first mapping of M rows: later ones (int32, on the device) allocate nothing and wait for nothing, and a
+        captured CUDA graph replays with the latest.
 
-    def _stand(self, batch: Standing | None) -> None:
-        """This thread's standing batch; adapters keep their places while there is one in any thread."""
-        before = multi.current()
-        multi.stand(batch)
+        Each forward of the model sees one version of each adapter. One that is deleted or replaced serves the forward
+        that runs, and the rows are the base's from the next one on; where no forward of the model begins, in a
+        captured graph or with layers called by themselves, from the next `prepare` on. Until then its rows stay taken.
+        The mapping is the thread's: tasks of one event loop share it.
+        Raises TypeError; ValueError, also for numbers out of bounds in a mapping on the host (on the device they are
+        the base, unseen); RuntimeError inside `use`, which says itself what is served.
+        """
+        tables = self._attached.tables
+        mapping = None if token_lora_mapping is None else _mapping(token_lora_mapping, tables.slots)
         with self._lock:
-            if isinstance(before, Standing):
-                self._lora.standing.discard(before)
-            if batch is not None:
-                self._lora.standing.add(batch)
+            self._check_open()
+            if serving.entered(tables) is not None:
+                raise RuntimeError("prepare: got a call inside of `use`, wanted it outside")
+            before = serving.standing(tables)
+            self._tidy()
+            if mapping is None:
+                standing = None
+            else:
+                made: dict[int, Standing] = self._mine.__dict__.setdefault("standing", {})
+                if len(mapping) not in made:
+                    made[len(mapping)] = Standing(tables, len(mapping))
+                standing = made[len(mapping)]
+                self._hold(standing)
+                standing.ask(mapping)
+            if before is not None and before is not standing:
+                del self._lora.standing[before]
+                before.rest()
+            serving.stand(tables, standing)
+
+    def _renew(self, standing: Standing) -> None:
+        """What was deleted or replaced since the mapping was looked up is the base's from here on."""
+        if standing.edition != self._attached.tables.edition:
+            with self._lock:
+                self._hold(standing)
+                standing.look()
+
+    def _hold(self, standing: Standing) -> None:
+        """What a mapping may serve keeps its place as long as it stands."""
+        self._lora.standing[standing] = {v for v in self._lora.resident if v.given and v.current}
 
     def _tidy(self) -> None:
         """Let go of outputs that wait for a layer that was never called."""
@@ -277,8 +314,13 @@ class AdapterBank:
             group.forget()
 
     def close(self) -> None:
-        """Put the model back as it was; a PeftModel has its own layers and adapters again."""
+        """Put the model back as it was; a PeftModel has its own layers and adapters again.
+
+        Raises RuntimeError while a `use` runs.
+        """
         with self._lock:
+            if self._running:
+                raise RuntimeError(f"close: got {self._running} batches that are in use, wanted none")
             if not self._closed:
                 self._closed = True
                 self._undo.close()
@@ -304,11 +346,31 @@ class AdapterBank:
 
 
 def _names(what: str, names: Sequence[str | None] | None) -> list[str | None] | None:
-    """The names, None for the base.   Raises TypeError."""
+    """The names, None for the base.   Raises TypeError, ValueError."""
     if names is None:
         return None
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(f"{what}: got {names!r}, wanted a list of names, one for each request")
     if len(names) == 0:
         raise ValueError(f"{what}: got no names, wanted one for each request")
-    if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
-        raise TypeError(f"{what}: got {names!r}, wanted a list of names, one for each request")
     return [None if name == BASE else name for name in names]
+
+
+def _mapping(given: Any, slots: int) -> Tensor:
+    """[M] whole numbers, checked where the host can see them.   Raises TypeError, ValueError."""
+    what = "token_lora_mapping"
+    try:
+        mapping = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        wanted = f"whole numbers from −1 to {slots - 1}, one for each row"
+        raise ValueError(f"{what}: got {given!r:.60}, wanted {wanted}: {error}") from error
+    if mapping.dim() != 1 or len(mapping) == 0:
+        raise ValueError(f"{what}: got shape {tuple(mapping.shape)}, wanted [M], a number for each of 1 row or more")
+    if mapping.is_floating_point() or mapping.is_complex() or mapping.dtype == torch.bool:
+        raise TypeError(f"{what}: got {mapping.dtype}, wanted whole numbers")
+    if mapping.device.type == "cpu":
+        low, high = (int(bound) for bound in mapping.aminmax())
+        if low < -1 or high >= slots:
+            raise ValueError(f"{what}: got {low} to {high}, wanted −1 to {slots - 1}, as `slot` gives them out")
+    return mapping

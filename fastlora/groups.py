@@ -34,32 +34,51 @@ def siblings(
     cannot do without a float tensor as wide as the first layer.
     Returns the groups, every layer in one, and why the model could not be traced; then each layer is by itself.
     """
-    calls: list[_Call] = []
+    calls, reason = trace(model, layers, inputs)
+    if reason is not None:
+        log.info("fastlora: layers stay ungrouped: %s", reason)
+    return runs(model, layers, calls, together), reason
+
+
+def runs(model: nn.Module, layers: Iterable[str], calls: list[Call], together: int) -> list[list[str]]:
+    """The names of `layers`, grouped by their calls as `siblings` does."""
+    groups = list(_runs(model, calls, together))
+    seen = {name for group in groups for name in group}
+    return groups + [[name] for name in layers if name not in seen]
+
+
+def trace(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    inputs: dict[str, Any] | None = None,
+    ids: tuple[int, int] = (1, 4),
+) -> tuple[list[Call], str | None]:
+    """The calls of `layers` in one run of the model, in their order, and why there could be none.
+
+    inputs: as in `siblings`.   ids: the shape of what is guessed.
+    """
+    calls: list[Call] = []
     reason = None  # the first guess's, if all fail: it was the likeliest
-    for guess in [inputs] if inputs is not None else _guesses(model, layers):
+    for guess in [inputs] if inputs is not None else _guesses(model, layers, ids):
         calls.clear()
         with _quiet(model, layers, calls):
             failed = _trace(model, guess)
         if failed is None:
-            reason = None
-            break
+            return calls, None
         reason = reason or failed
-    if reason is not None:
-        log.info("fastlora: layers stay ungrouped: %s", reason)
-        calls.clear()
-    groups = list(_runs(model, calls, together))
-    seen = {name for group in groups for name in group}
-    return groups + [[name] for name in layers if name not in seen], reason
+    return [], reason
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
+    """A layer's call.   x: what with, without storage.   version: x's, by which a change in place is seen."""
+
     name: str
     x: Tensor
     version: int
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]) -> Iterator[None]:
+def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
     """Inside, a run of the model notes the calls of `layers` and changes nothing that outlives it.
 
     It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
@@ -72,7 +91,7 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[_Call]
     def stub(layer: Any) -> Callable[..., Tensor]:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if id(layer) in names:
-                calls.append(_Call(names[id(layer)], x, x._version))
+                calls.append(Call(names[id(layer)], x, x._version))
             return x.new_empty((*x.shape[:-1], _out_features(layer)))
 
         return forward
@@ -220,10 +239,10 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
     return None
 
 
-def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _guesses(model: Any, layers: Mapping[str, Any], shape: tuple[int, int]) -> list[dict[str, Any]]:
     model = getattr(model, "module", model)  # DistributedDataParallel's
     first = next(model.parameters(), torch.empty(0))
-    ids = torch.zeros((1, 4), dtype=torch.int64, device=first.device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=first.device)
     guesses = []
     if not isinstance(getattr(model, "config", {}), dict):  # which PEFT gives a model that has none
         decoder = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
@@ -238,7 +257,7 @@ def _guesses(model: Any, layers: Mapping[str, Any]) -> list[dict[str, Any]]:
         and parameter.kind is not parameter.VAR_POSITIONAL
     ]
     width = next((layer.in_features for layer in layers.values() if hasattr(layer, "in_features")), 1)
-    x = torch.zeros((1, 4, width), dtype=first.dtype, device=first.device)
+    x = torch.zeros((*shape, width), dtype=first.dtype, device=first.device)
     if needed != ["input_ids"]:  # a tensor each: an argument is no other
         guesses += [{name: t.clone() for name in needed} for t in (x, ids)]
     return guesses
@@ -263,11 +282,11 @@ def _formless(module: nn.Module) -> bool:
     return type(module).forward is nn.Module.forward
 
 
-def _runs(model: nn.Module, calls: list[_Call], together: int) -> Iterable[list[str]]:
+def _runs(model: nn.Module, calls: list[Call], together: int) -> Iterable[list[str]]:
     """Maximal runs of calls with one tensor as it was.   A layer called more than once, or with layers of its own now
     and other layers then, stays by itself."""
     often = Counter(call.name for call in calls)
-    run: list[_Call] = []
+    run: list[Call] = []
     for call in calls:
         alone = often[call.name] > 1
         same = bool(run) and call.x is run[0].x and call.version == run[0].version

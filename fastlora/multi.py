@@ -7,9 +7,8 @@ adapters are trained instead of served.
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import dispatch, eager, ops
+from fastlora.serving import current as current
+from fastlora.serving import serving as serving
+from fastlora.serving import turn_of
 from fastlora.trained import JobLayer
 
 TOGETHER = 3
@@ -40,8 +42,11 @@ class Factors:
 class Tables:
     """What all layers of a bank share.   rows: T, rank rows.   start: [G] int32, each slot's first rank row.
 
-    widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   edition: counts changes.
-    fused_rows: up to so many rows a plain linear layer's own matmul runs in our launch too.
+    widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   given: [G + 2] int32, what a
+    mapping's number means, the number + 1 being its place: itself where its slot was given out, else −1.   edition:
+    counts the numbers that were taken back.   fused_rows: up to so many rows a plain linear layer's own matmul runs in
+    our launch too.   standing: each thread's prepared mapping.   said: how
+    many batches are being served or stand, in all threads.
     """
 
     rows: int
@@ -49,6 +54,11 @@ class Tables:
     widest: list[int] = field(default_factory=list)
     edition: int = 0
     fused_rows: int = 0
+    said: int = 0
+    standing: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self.given = torch.full((self.slots + 2,), -1, dtype=torch.int32, device=self.start.device)
 
     @classmethod
     def empty(cls, slots: int, rows: int, device: torch.device) -> Tables:
@@ -58,6 +68,14 @@ class Tables:
         """The slot's adapter begins at `start`; with rank 0 there is none any more."""
         self.start[slot] = start
         self.widest[slot] = rank
+
+    def give(self, slot: int) -> None:
+        """Mappings may name the slot."""
+        self.given[slot + 1] = slot
+
+    def take_back(self, slot: int) -> None:
+        """In mappings the slot is the base alone again."""
+        self.given[slot + 1] = -1
         self.edition += 1
 
     @property
@@ -129,30 +147,6 @@ class Stacks:
     a: Tensor
     bs: list[Tensor]
     biases: list[Tensor | None]
-
-
-_current = threading.local()
-
-
-def current() -> Batch | None:
-    """This thread's batch."""
-    return getattr(_current, "batch", None)
-
-
-@contextlib.contextmanager
-def serving(batch: Batch | None) -> Iterator[None]:
-    """Layers called in this thread serve `batch` (None: the base alone), and what was before afterwards."""
-    before = current()
-    _current.batch = batch
-    try:
-        yield
-    finally:
-        _current.batch = before
-
-
-def stand(batch: Batch | None) -> None:
-    """As `serving`, until said otherwise."""
-    _current.batch = batch
 
 
 class Group:
@@ -366,15 +360,29 @@ class MultiLoRALinear(JobLayer):
 
     group: Group | None = None
     index: int = 0
+    flat: bool = False
+    """Whether an x of two dimensions is the batch, request by request."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.jobs:
             return self.train_jobs(x, args, kwargs)
-        batch = current()
-        if batch is None or self.group is None:
+        turn = None if self.group is None else turn_of(self.group.tables)
+        if self.group is None or turn is None or turn.batch is None:
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        return self.group.run(self.index, x, batch, args, kwargs)
+        if turn.rows and turn.batch.width:
+            self._check_rows(x, turn.rows)
+        return self.group.run(self.index, x, turn.batch, args, kwargs)
+
+    def _check_rows(self, x: Tensor, rows: int) -> None:
+        """Raises ValueError unless x begins with the rows that the model was called with."""
+        whole = x.shape[0] % rows == 0 if self.flat else x.shape[0] == rows
+        if not whole or (x.dim() == 2 and not self.flat):
+            raise ValueError(
+                f"x: got shape {tuple(x.shape)} in a layer of a model that was called with {rows} rows, wanted "
+                f"[{rows}, tokens, {self.in_features}]: whose rows these are cannot be known; leave this layer out by "
+                "target_modules"
+            )
 
     def extra_repr(self) -> str:
         beside = f", beside={len(self.group.members) - 1}" if self.group is not None else ""

@@ -25,6 +25,12 @@ class Pools(Protocol):
     def move(self, slot: int, start: int, to: int, rows: int) -> None:
         """The slot's rows to another place."""
 
+    def give(self, slot: int) -> None:
+        """Mappings may name the slot from now on."""
+
+    def take_back(self, slot: int) -> None:
+        """To mappings that are looked up from now on, the slot is the base alone."""
+
 
 class LayerPools:
     """Rank rows, in every group of layers.   names: the members of each group."""
@@ -45,6 +51,7 @@ class LayerPools:
         for group, _ in self.groups:
             group.clear(slot)
         self.tables.hold(slot, 0, 0)
+        self.tables.take_back(slot)
 
     def load(self, slot: int, start: int) -> Adapter:
         found = ((names, group.read(slot, start)) for group, names in self.groups)
@@ -57,6 +64,14 @@ class LayerPools:
         for group, _ in self.groups:
             group.move(start, to, rows)
         self.tables.hold(slot, to, self.tables.widest[slot])
+        _settle(self.tables.start)
+
+    def give(self, slot: int) -> None:
+        self.tables.give(slot)
+        _settle(self.tables.start)
+
+    def take_back(self, slot: int) -> None:
+        self.tables.take_back(slot)
         _settle(self.tables.start)
 
 
@@ -73,13 +88,19 @@ class PromptPools:
 
     def clear(self, slot: int) -> None:
         self.prompts.clear(slot)
-        del self._kept[slot]
+        self._kept.pop(slot, None)
 
     def load(self, slot: int, start: int) -> Adapter:
         return self._kept[slot]
 
     def move(self, slot: int, start: int, to: int, rows: int) -> None:
         self.store(slot, to, self._kept[slot])
+
+    def give(self, slot: int) -> None:
+        raise NotImplementedError("a mapping names no soft prompts")
+
+    def take_back(self, slot: int) -> None:
+        raise NotImplementedError("a mapping names no soft prompts")
 
 
 def _settle(t: torch.Tensor) -> None:

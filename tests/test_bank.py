@@ -269,7 +269,7 @@ def test_names_are_never_taken_for_the_base() -> None:
         pass
     with pytest.raises(ValueError, match="got 1 names, wanted 2"), bank.use(["r4", "r4"], ["prompt"]):
         pass
-    with pytest.raises(ValueError, match="wanted a multiple of the batch's 2 requests"), bank.use(["r4", None]):
+    with pytest.raises(ValueError, match="got 3 rows, wanted the batch's 2"), bank.use(["r4", None]):
         logits(model_of(bank), batch(rows=3))
     assert not any(version.users for version in bank._versions.values())
 

@@ -12,7 +12,7 @@ from models import base_model, batch, logits
 from tolerance import assert_same, one_rounding, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import dispatch, multi, ops
+from fastlora import dispatch, ops, serving
 
 
 def test_the_kernels_path(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,21 +131,26 @@ class Recorded(TorchDispatchMode):
 
 
 def test_prepare_reuses_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More, fewer and other adapters through the same buffers: a copy and two launches, no allocation, no sync."""
-    bank = bank_with(tenants_of(base_model(), "llama"))
+    """More, fewer and other adapters through the same buffers: a copy, a look-up and two launches, no allocation, no
+    sync. (What a mapping on the host is checked with comes before; on the device there is no such check.)"""
+    models = tenants_of(base_model(), "llama")
+    bank = bank_with(models)
+    slots = [bank.slot(name) for name in models if name]
     routed = []
     monkeypatch.setattr(dispatch.env, "backend", "triton")
     monkeypatch.setattr(ops.kernels, "route", lambda slots, routes: routed.append((slots, routes)))
     bank.prepare(torch.full((6,), -1))
-    for mapping in ([0, 1, 2, 3, 4, -1], [2] * 6, [-1] * 6):
-        slots = torch.tensor(mapping)
+    for mapping in ([*slots, -1], [slots[2]] * 6, [-1] * 6):
+        asked = torch.tensor(mapping, dtype=torch.int32)
         with Recorded() as recorded:
-            bank.prepare(slots)
-        assert recorded.names == ["aten::copy_"]
+            bank.prepare(asked)
+        checks, copies = recorded.names[:3], recorded.names[3:]
+        assert checks == ["aten::aminmax", *["aten::_local_scalar_dense"] * 2]
+        assert copies == ["aten::copy_", "aten::clamp_", "aten::add_.Tensor", "aten::index_select.out"]
         assert routed[-1][0] is routed[0][0] and routed[-1][1] is routed[0][1]
         assert routed[-1][0].tolist() == mapping
     bank.prepare(None)
-    assert multi.current() is None
+    assert serving.current(bank._attached.tables) is None
 
 
 def test_prepare_replays_as_a_graph_would() -> None:

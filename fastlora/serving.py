@@ -1,0 +1,107 @@
+"""Which batch a layer serves: what is said around the call, for the task or thread that says it, or what stands."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(eq=False)
+class Turn:
+    """A batch while it is served.
+
+    tables: those of its bank; None for every bank's.   batch: None for the base alone.   prompts: the soft prompt of
+    each request.   rows: the first dimension of what the model was called with; 0 where nobody has said.
+    generating: whether `generate` runs, which multiplies requests.   over: a task that was begun inside may outlive it.
+    """
+
+    tables: Any
+    batch: Any
+    prompts: Any = None
+    rows: int = 0
+    generating: bool = False
+    over: bool = False
+
+
+_turns: ContextVar[tuple[Turn, ...]] = ContextVar("turns", default=())
+"""The innermost first."""
+
+_counting = threading.Lock()
+
+
+def turn_of(tables: Any) -> Turn | None:
+    """What the layers of a bank serve here: the innermost turn, else what stands in this thread.
+
+    torch.compile cannot read a context variable; where nobody anywhere has said anything it need not, and the base
+    alone is one graph.
+    """
+    if not tables.said and torch.compiler.is_compiling():
+        return None
+    found = entered(tables)
+    return found if found is not None else getattr(tables.standing, "turn", None)
+
+
+def entered(tables: Any) -> Turn | None:
+    """The innermost turn of a bank.   Raises RuntimeError where it has ended: its adapters may have left."""
+    for turn in _turns.get():
+        if turn.tables is tables or turn.tables is None:
+            if turn.over:
+                raise RuntimeError("use: got a call after its end, in a task or thread that was begun inside of it")
+            return turn
+    return None
+
+
+def current(tables: Any = None) -> Any:
+    """The batch that is served here; without `tables` the innermost, whosever it is."""
+    if tables is None:
+        turns = _turns.get()
+        return turns[0].batch if turns else None
+    turn = turn_of(tables)
+    return None if turn is None else turn.batch
+
+
+@contextlib.contextmanager
+def taking(turn: Turn) -> Iterator[None]:
+    """Layers called inside, in this task or thread, serve the turn, and afterwards what they did before."""
+    _count(turn.tables, 1)
+    _turns.set((turn, *_turns.get()))
+    try:
+        yield
+    finally:
+        turn.over = True
+        _count(turn.tables, -1)
+        _turns.set(tuple(other for other in _turns.get() if other is not turn))
+
+
+def _count(tables: Any, one: int) -> None:
+    if tables is not None:
+        with _counting:
+            tables.said += one
+
+
+def serving(batch: Any) -> contextlib.AbstractContextManager[None]:
+    """As `taking`, a batch without soft prompts; None: the base alone, of every bank."""
+    return taking(Turn(None if batch is None else batch.tables, batch))
+
+
+def again(turn: Turn, **changes: Any) -> contextlib.AbstractContextManager[None]:
+    """As `taking`, a turn that goes on with something changed."""
+    return taking(replace(turn, **changes))
+
+
+def stand(tables: Any, batch: Any) -> None:
+    """The bank's layers serve `batch` in this thread wherever no turn says otherwise; None: the base alone."""
+    _count(tables, (batch is not None) - (standing(tables) is not None))
+    tables.standing.turn = None if batch is None else Turn(tables, batch)
+
+
+def standing(tables: Any) -> Any:
+    """The batch that stands in this thread."""
+    turn = getattr(tables.standing, "turn", None)
+    return None if turn is None else turn.batch
