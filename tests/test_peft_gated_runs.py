@@ -38,6 +38,19 @@ def test_plain_layers_beside_adapted_ones(targets: list[str]) -> None:
         assert calls.call_count == 2, "further arguments are its own forward's"
 
 
+def test_only_biases_are_trained() -> None:
+    """Neither dx nor a low-rank gradient is wanted of gate and up, which have no adapter."""
+    model = mine(target_modules=["three"], bias="all")
+    ours, x = copy.deepcopy(model), torch.randn(3, 12, dtype=torch.float64)
+    assert fastlora.patch(ours).gated
+    for each in (model, ours):
+        each(x).square().sum().backward()
+    for theirs, own in zip(model.parameters(), ours.parameters(), strict=True):
+        assert (theirs.grad is None) == (own.grad is None)
+        if theirs.grad is not None:
+            torch.testing.assert_close(own.grad, theirs.grad)
+
+
 def layer(mlp: Any, name: str = "one") -> Any:
     return getattr(mlp, name)
 

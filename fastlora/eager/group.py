@@ -120,7 +120,7 @@ def lora_group_backward(
     for dbs alone.   Returns dx: [M, K] in dy's dtype, das in the as', dbs in the bs' dtypes.
     """
     like = next(dy for dy in dys if dy is not None)
-    M, K = like.shape[0], next(t.shape[1] for t in (*as_, *ws) if t is not None)
+    M, K = like.shape[0], next((t.shape[1] for t in (*as_, *ws) if t is not None), 0)
     dbs, dhs = _dy_pass(dys, bs, h, columns(as_), scales, want_dx or any(want_das), want_dbs)
     gone = _gone(seeds, M, K, [p if dh is not None else 0.0 for p, dh in zip(ps, dhs, strict=True)])
     terms = [

@@ -27,11 +27,17 @@ class _Left:
     """ys: by member, None once it was fetched.   keys: what each member would have run."""
 
     siblings: Siblings
-    x: Tensor
+    x: Tensor | None
     version: int | None
     modes: tuple[Any, ...]
     keys: list[Any]
     ys: list[Tensor | None]
+
+    def drop(self) -> None:
+        """Leave nothing; in the slot neither, where this is its thread."""
+        self.x, self.version, self.ys = None, None, []
+        if _here.left is self:
+            _here.left = None
 
 
 class _Slot:
@@ -81,15 +87,21 @@ def _version_in_trace() -> int | None:
     for node in reversed(InstructionTranslator.current_tx().output.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.fastlora.lora_group:
             x = node.args[0]
-            while x.op == "call_method" and x.target == "to":  # autocast's
-                x = x.args[0]
-            return int(x.meta["example_value"]._version)
+            value = x.meta["example_value"]
+            if x.op == "call_method" and x.target == "to" and value.dtype == autocast_of(value):  # the group's own cast
+                value = x.args[0].meta["example_value"]
+            return int(value._version)
     return None
 
 
 def _modes(x: Tensor) -> tuple[Any, ...]:
-    """What an output depends on beside x and the layer."""
-    return torch.is_grad_enabled(), x.requires_grad, autocast_of(x)
+    """What an output depends on beside x and the layer, and what keeps its tensors for backward.
+
+    A checkpoint keeps those of its own frame, and recomputes what it saw: a layer in it, whose sibling was called
+    outside, has to run inside.
+    """
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return torch.is_grad_enabled(), x.requires_grad, autocast_of(x), hooks
 
 
 def _key(plan: Plan) -> Any:
@@ -148,7 +160,9 @@ class Siblings:
         ys: list[Tensor | None] = list(_compute(x, plans))
         y, ys[index] = ys[index], None
         version = _version_in_trace() if compiling else x._version
-        slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
+        slot.left = left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
+        if not compiling and torch._C._current_graph_task_id() >= 0:  # recomputed: the siblings' caller may not end
+            torch.autograd.Variable._execution_engine.queue_callback(left.drop)
         return y
 
     def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
