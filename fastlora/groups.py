@@ -30,6 +30,7 @@ def siblings(
 ) -> tuple[list[list[str]], str | None]:
     """The names of `layers`, grouped: those called one after another with the same tensor, at most `together` of them.
 
+    In evaluation and in training: where each drops some of the tensor for itself, a group would run for every one.
     inputs: what to call the model with; None guesses: a Hugging Face model's ids, or for each argument that the model
     cannot do without a float tensor as wide as the first layer.
     Returns the groups, every layer in one, and why the model could not be traced; then each layer is by itself.
@@ -37,7 +38,12 @@ def siblings(
     calls, reason = trace(model, layers, inputs)
     if reason is not None:
         log.info("fastlora: layers stay ungrouped: %s", reason)
-    return runs(model, layers, calls, together), reason
+    groups = runs(model, layers, calls, together)
+    if any(len(group) > 1 for group in groups):
+        calls, failed = trace(model, layers, inputs, training=True)
+        trained = groups if failed else runs(model, layers, calls, together)
+        groups = [part for group in groups for part in ([group] if group in trained else [[name] for name in group])]
+    return groups, reason
 
 
 def runs(model: nn.Module, layers: Iterable[str], calls: list[Call], together: int) -> list[list[str]]:
@@ -52,6 +58,7 @@ def trace(
     layers: Mapping[str, nn.Module],
     inputs: dict[str, Any] | None = None,
     ids: tuple[int, int] = (1, 4),
+    training: bool = False,
 ) -> tuple[list[Call], str | None]:
     """The calls of `layers` in one run of the model, in their order, and why there could be none.
 
@@ -61,7 +68,7 @@ def trace(
     reason = None  # the first guess's, if all fail: it was the likeliest
     for guess in [inputs] if inputs is not None else _guesses(model, layers, ids):
         calls.clear()
-        with _quiet(model, layers, calls):
+        with _quiet(model, layers, calls, training):
             failed = _trace(model, guess)
         if failed is None:
             return calls, None
@@ -78,10 +85,10 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call]) -> Iterator[None]:
+def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call], training: bool) -> Iterator[None]:
     """Inside, a run of the model notes the calls of `layers` and changes nothing that outlives it.
 
-    It runs as in evaluation and without hooks, and linear layers only give a tensor of their output's shape: quantised
+    It runs in one mode and without hooks, and linear layers only give a tensor of their output's shape: quantised
     ones would convert their weights, and some variants count their calls. What a module keeps for later (a mask, a
     cache) would be a tensor without storage ever after: every attribute is put back, and so are the random states;
     what it writes into a tensor goes into a copy. What it does to classes and globals is not undone.
@@ -98,7 +105,7 @@ def _quiet(model: nn.Module, layers: Mapping[str, nn.Module], calls: list[Call])
 
     with unchanged(model):
         for module in model.modules():
-            vars(module).update(training=False, _forward_hooks={}, _forward_pre_hooks={})
+            vars(module).update(training=training, _forward_hooks={}, _forward_pre_hooks={})
             if id(module) in names or _linear(module):
                 vars(module)["forward"] = stub(module)
         yield

@@ -152,6 +152,19 @@ def test_a_sibling_never_called() -> None:
     assert ours.base_model.model.other.lora_A.default.weight.grad is None
 
 
+def test_layers_that_drop_some_of_x_each_for_itself_are_no_siblings() -> None:
+    """They share x in evaluation alone; in training a group would compute three layers for each of them."""
+
+    class Dropping(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat(
+                [f(nn.functional.dropout(x, 0.1, self.training)) for f in (self.this, self.that, self.other)], -1
+            )
+
+    model = wrap(Dropping())
+    assert fastlora.patch(model).groups == []
+
+
 def test_an_output_that_nobody_used_and_one_changed_in_place() -> None:
     class Careless(Three):
         def forward(self, x: Tensor) -> Tensor:
@@ -235,6 +248,41 @@ def test_two_threads_through_one_model() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_thread_between_siblings_takes_nothing_and_drops_nothing() -> None:
+    models, other = pair(), torch.randn(5, K)
+    first = threading.current_thread()
+
+    def visit(model: Any, x: Tensor) -> None:
+        if threading.current_thread() is first:
+            thread = threading.Thread(target=model, args=(other.to(x.dtype),))
+            thread.start()
+            thread.join()
+
+    tell(models, visit)
+    assert assert_right(models) == 2  # a group of each thread's
+
+
+@pytest.mark.parametrize("change", ["eval", "bias", "adapter"])
+def test_what_a_sibling_would_run_changes_between(change: str) -> None:
+    models = pair(lora_dropout=0.5)
+
+    def between(model: Any, x: Tensor) -> None:
+        if change == "eval":
+            model.that.eval()
+        elif change == "bias":
+            model.other.base_layer.bias.data = model.other.base_layer.bias.data + 1
+        else:
+            model.that.lora_B.default.weight.data = model.that.lora_B.default.weight.data * 2
+
+    for model in models:
+        model.base_model.model.this.eval()
+        model.base_model.model.other.eval()
+    if change != "eval":
+        models[0].eval(), models[1].eval()
+    tell(models, between)
+    assert_right(models)
 
 
 def test_gradients_add_up_over_micro_batches() -> None:
