@@ -114,7 +114,9 @@ class Jobs:
 
         names: one for each request of the batch, None or "__base__" for the base alone.   Dropout of a job is that of
         its own rows, numbered from its first: alone in a batch, padded alike, under the same `torch.manual_seed`, it
-        would be the same. With gradient checkpointing, call backward inside, too.   Raises KeyError, TypeError.
+        would be the same. With gradient checkpointing, call backward inside, too.   One thread or asyncio task may be
+        inside at a time; in others the model is its base.
+        Raises KeyError, TypeError, ValueError; RuntimeError for a second thread or task.
         """
         if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
             raise TypeError(f"names: got {names!r}, wanted a list of names, one for each request")

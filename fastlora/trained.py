@@ -6,9 +6,11 @@ pool of rank rows, so that a launch reads all of them as they lie: an optimizer'
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora import serving
 from fastlora.checks import check_numbers
 from fastlora.functional import jobs_linear, jobs_update
 
@@ -44,21 +47,74 @@ class Mapping:
         return cls(names, tuple(places.get(name, -1) for name in requests), salts.to(device))  # type: ignore[arg-type]
 
 
-class Crew:
-    """The mapping of the batch that runs, for all layers of a model and for all threads.
+_entering = threading.Lock()
 
-    On a GPU a checkpointed layer is recomputed in a thread of autograd's.
+
+def _who() -> tuple[int, Any]:
+    """This thread and, in it, this asyncio task."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs here
+        task = None
+    return threading.get_ident(), task
+
+
+class Crew:
+    """The mapping of the batch that runs, for all layers of a model: the innermost of one thread's or task's.
+
+    It is that thread's and that task's own, and autograd's: on a GPU a checkpointed layer is recomputed in a thread of
+    autograd's, which cannot tell one batch from another; so there is only one at a time.
     """
 
     mapping: Mapping | None = None
+    said: int = 0
+    _inside: tuple[Mapping, ...] = ()
+    _owner: tuple[int, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, or a file of it, is inside of no `use`."""
+        return {}
 
     @contextlib.contextmanager
     def use(self, requests: Sequence[str | None], device: torch.device) -> Iterator[None]:
-        before, self.mapping = self.mapping, Mapping.of(requests, device)
+        """Raises RuntimeError while another thread or task is inside."""
+        mapping, owner = Mapping.of(requests, device), _who()
+        with _entering:
+            if self._inside and self._owner != owner:
+                raise RuntimeError(
+                    "use: got a batch while another thread or task is inside of `use`, wanted one at a time: share a "
+                    "lock, or give each a copy of the model with Jobs of its own"
+                )
+            self._owner = owner
+            self._enter((*self._inside, mapping))
         try:
-            yield
+            with serving.taking(serving.Turn(self, mapping)):
+                yield
         finally:
-            self.mapping = before
+            with _entering:
+                self._enter(tuple(other for other in self._inside if other is not mapping))
+
+    def _enter(self, inside: tuple[Mapping, ...]) -> None:
+        self._inside, self.mapping = inside, inside[-1] if inside else None
+
+    def current(self, x: Tensor) -> Mapping | None:
+        """The mapping that a call with x is for; None outside of `use`, and in other threads and tasks.
+
+        Raises RuntimeError for a recomputation outside, and for a task that has outlived the `use` it was begun in.
+        """
+        if torch.compiler.is_compiling():  # which cannot read a context variable
+            return self.mapping
+        turn = serving.entered(self)
+        if turn is not None:
+            found: Mapping = turn.batch
+            return found
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        if self.mapping is None or x.is_cpu:  # there backward runs in the thread that calls it
+            raise RuntimeError(
+                "jobs: a checkpointed layer is recomputed outside of `use`; call backward inside it, as forward was"
+            )
+        return self.mapping
 
 
 class Job(nn.Module):
@@ -162,12 +218,8 @@ class JobLayer(nn.Module):
 
     def train_jobs(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The base layer's output, and each job's term on the rows of its requests."""
-        mapping, base = self.crew.mapping, self.base_layer
+        mapping, base = self.crew.current(x), self.base_layer
         if mapping is None or not mapping.names:
-            if mapping is None and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                raise RuntimeError(
-                    "jobs: a checkpointed layer is recomputed outside of `use`; call backward inside it, as forward was"
-                )
             y: Tensor = base(x, *args, **kwargs)
             return y
         if x.shape[0] % len(mapping.jobs) or x.dim() < 2:

@@ -20,7 +20,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
     "checks": {"reference"},
     "functional": {"dispatch", "checks", "ops", "reference"},
     "modules": {"functional", "dispatch", "checks"},
-    "trained": {"functional", "checks"},
+    "trained": {"functional", "checks", "serving"},
     "serving": set(),
     "multi": {"dispatch", "eager", "ops", "serving", "trained"},
     "groups": set(),
