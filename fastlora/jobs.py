@@ -25,12 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapters
+from fastlora import adapters, groups
 from fastlora.attach import Seats
 from fastlora.trained import BASE, Crew
 
 _PREFIX = "base_model.model."
 """What PEFT puts before a module's name in the files that it saves."""
+
+_IDS = 7, 3
+"""Requests and tokens of the run that shows where they are in a layer's x: numbers that heads and experts are not."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class Jobs:
     """Several jobs on one model.
 
     model: any module with linear layers, not a PeftModel.   target_modules: name endings or a regex, as PEFT's; None
-    for every linear layer but the output head.   The layers are replaced by MultiLoRALinear and every parameter of the
+    for every linear layer but the output head.   Where several jobs share a batch, x of a layer has the requests first.
+    The layers are replaced by MultiLoRALinear and every parameter of the
     model is frozen; `close` puts both back.   Outside of `use` the model is its base, to the bit.
     Raises TypeError, ValueError.
     """
@@ -67,10 +71,11 @@ class Jobs:
         self._trained = [p for p in model.parameters() if p.requires_grad]
         for p in self._trained:
             p.requires_grad_(False)
+        leads = _leads(model, {name: place.layer for name, place in seats.named.items()})
         self.layers = seats.fill()
         self._crew = Crew()
-        for layer in self.layers.values():
-            layer.crew = self._crew
+        for name, layer in self.layers.items():
+            layer.crew, layer.place, layer.leads = self._crew, name, leads.get(name, "unknown")
         self._jobs: dict[str, Options] = {}
 
     @property
@@ -215,3 +220,14 @@ class Jobs:
     def _find(self, name: str) -> None:
         if name not in self._jobs:
             raise KeyError(f"job {name!r}: not added, or removed; wanted one of: {', '.join(self._jobs) or 'none yet'}")
+
+
+def _leads(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
+    """JobLayer.leads of the layers that a run of the model without data calls; none where it cannot be run so."""
+    found: dict[str, str] = {}
+    requests, tokens = _IDS
+    for call in groups.trace(model, layers, ids=_IDS)[0]:
+        first, *others = call.x.shape[:-1]
+        here = "flat" if (first, others) == (requests * tokens, []) else "requests" if first == requests else "others"
+        found[call.name] = max(found.get(call.name, here), here, key=("requests", "flat", "others").index)
+    return found

@@ -148,7 +148,14 @@ class Job(nn.Module):
 
 
 class JobLayer(nn.Module):
-    """A frozen linear layer and its jobs.   base_layer: any layer [..., K] → [..., N].   jobs: by name."""
+    """A frozen linear layer and its jobs.   base_layer: any layer [..., K] → [..., N].   jobs: by name.
+
+    place: its name in its model.   leads: what the rows of its x begin with: "requests"; "flat", those or, in two
+    dimensions, requests times tokens; "others"; or "unknown", in a model that could not be traced.
+    """
+
+    place: str
+    leads: str
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -156,6 +163,7 @@ class JobLayer(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.jobs = nn.ModuleDict()
         self.crew = Crew()
+        self.place, self.leads = "", "requests"
 
     @property
     def weight(self) -> Any:
@@ -204,6 +212,28 @@ class JobLayer(nn.Module):
         with self.crew.use(names, next(self.base_layer.parameters()).device):
             yield
 
+    def _whose(self, x: Tensor, jobs: tuple[int, ...]) -> tuple[int, ...]:
+        """The job of each equal part of x's rows, in their order.   Raises ValueError where that cannot be known."""
+        requests, leads = len(jobs), self.leads
+        if x.dim() == 2 and leads == "flat":
+            known = x.shape[0] % requests == 0
+        elif x.dim() < 2 or leads == "others" or (x.dim() == 2 and leads == "unknown"):
+            known = False
+        else:
+            known = x.shape[0] == requests
+        if known:
+            return jobs
+        if x.dim() > 1 and len(set(jobs)) == 1 and (requests == 1 or leads != "requests"):  # all of them one job's
+            return jobs[:1]
+        advice = "" if leads in ("requests", "flat") else (
+            "; these may be tokens first, or tokens that a router picked: leave the layer out by target_modules, or "
+            "give a batch to one job"
+        )  # fmt: skip
+        raise ValueError(
+            f"x: got shape {tuple(x.shape)} in layer {self.place or 'MultiLoRALinear'}, wanted the batch's {requests} "
+            f"requests first, [{requests}, …, {self.in_features}]{advice}"
+        )
+
     @torch.no_grad()
     def _pack(self) -> None:
         """Every job's lora_A in one pool of rank rows, the parameters views of it; lora_B, which lies the other way, is
@@ -222,14 +252,11 @@ class JobLayer(nn.Module):
         if mapping is None or not mapping.names:
             y: Tensor = base(x, *args, **kwargs)
             return y
-        if x.shape[0] % len(mapping.jobs) or x.dim() < 2:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}, wanted a multiple of the batch's {len(mapping.jobs)} requests first"
-            )
+        requests = self._whose(x, mapping.jobs)
         mine: list[Any] = [self.jobs[name] for name in mapping.names]
         factors = (
             [job.lora_A.weight for job in mine], [job.lora_B.weight for job in mine], [job.scaling for job in mine],
-            mapping.jobs,
+            requests,
         )  # fmt: skip
         options: dict[str, Any] = {
             "dropout_p": [job.lora_dropout for job in mine],

@@ -34,7 +34,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
     "attach": {"adapters", "groups", "multi"},
     "pools": {"adapters", "multi"},
     "storage": {"adapters", "pools", "runs"},
-    "jobs": {"adapters", "attach", "trained"},
+    "jobs": {"adapters", "attach", "groups", "trained"},
     "standing": {"dispatch", "multi", "ops"},
     "entry": {"multi", "prompts", "serving", "standing"},
     "bank": {"adapters", "attach", "entry", "multi", "pools", "prompts", "serving", "standing", "storage"},

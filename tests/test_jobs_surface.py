@@ -240,7 +240,7 @@ def test_bad_input_is_refused(what: str, jobs: tuple[nn.Module, Jobs]) -> None:
 
 def test_batches_and_models_that_do_not_fit(jobs: tuple[nn.Module, Jobs]) -> None:
     model, crew = jobs
-    with crew.use(["a", "b"]), pytest.raises(ValueError, match="wanted a multiple of the batch's 2 requests"):
+    with crew.use(["a", "b"]), pytest.raises(ValueError, match=r"q_proj, wanted the batch's 2 requests first"):
         model(input_ids=ids(3))
     with pytest.raises(TypeError, match="wanted a plain model"):
         Jobs(get_peft_model(base_model(), lora_config()))
