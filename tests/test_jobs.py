@@ -138,32 +138,35 @@ def test_rows_may_come_in_any_order(jobs: tuple[nn.Module, Jobs]) -> None:
         assert_close_to(shuffled, usual)
 
 
-def test_masks_do_not_depend_on_company(llama: Any) -> None:
+@pytest.mark.parametrize("name", CREW)
+def test_masks_do_not_depend_on_company(llama: Any, name: str) -> None:
     """A job beside others and alone in its Jobs, from the same torch seed: a layer's gradients to the bit, the model's
-    losses and gradients to the order of the base's sums."""
-    together, only = dropping(llama, "abc"), dropping(llama, "a")
+    losses and gradients to the order of the base's sums. Each of them, for the first's place is the same in both."""
+    together, only = dropping(llama, "abc"), dropping(llama, name)
     x, batch = torch.randn(7, 6, 64), ids()
-    mine = [row for row, name in enumerate(MIXED) if name == "a"]
+    mine = [row for row, other in enumerate(MIXED) if other == name]
+    alone_names = [name] * len(mine)
     ys, grads = [], []
-    for (_, crew), rows, names in ((together, list(range(7)), MIXED), (only, mine, ["a"] * 3)):
+    for (_, crew), rows, names in ((together, list(range(7)), MIXED), (only, mine, alone_names)):
         layer = crew.layers["model.layers.1.mlp.up_proj"]
         torch.manual_seed(3)
         layer.base_layer.weight.data.zero_()  # its own sums may differ with the number of rows
         with layer.use_jobs(names):
             y = layer(x[rows])
             y.backward(torch.ones_like(y))
-        ys.append(y[mine] if len(rows) > 3 else y)
-        grads.append([p.grad for p in layer.job_parameters("a")])
+        ys.append(y[mine] if names is MIXED else y)
+        grads.append([p.grad for p in layer.job_parameters(name)])
     torch.testing.assert_close(*ys)  # the layer's term lands on rows that lie together in one step, else in two
     for one, other in zip(*grads, strict=True):
         assert_same(one, other)
     torch.manual_seed(5)
     beside = gradients(*together, batch, MIXED)
     torch.manual_seed(5)
-    alone = gradients(*only, batch[mine], ["a"] * 3)
-    assert_close_to({key: t for key, t in beside.items() if key.startswith("a ")}, alone)
+    alone = gradients(*only, batch[mine], alone_names)
+    assert_close_to({key: t for key, t in beside.items() if key.startswith(f"{name} ")}, alone)
     torch.manual_seed(6)
-    assert not torch.allclose(gradients(*only, batch[mine], ["a"] * 3)["a loss"], alone["a loss"]), "nothing dropped"
+    other_masks = gradients(*only, batch[mine], alone_names)
+    assert not torch.allclose(other_masks[f"{name} loss"], alone[f"{name} loss"]), "nothing dropped"
 
 
 def test_jobs_drop_different_elements(llama: Any) -> None:
