@@ -18,7 +18,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +27,13 @@ from torch import Tensor, nn
 
 from fastlora import adapters, groups
 from fastlora.attach import Seats
-from fastlora.trained import BASE, Crew
+from fastlora.trained import BASE, Crew, Options
 
 _PREFIX = "base_model.model."
 """What PEFT puts before a module's name in the files that it saves."""
 
 _IDS = 7, 3
 """Requests and tokens of the run that shows where they are in a layer's x: numbers that heads and experts are not."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a job was added; in PEFT's words."""
-
-    r: int
-    lora_alpha: float
-    lora_dropout: float
-    use_rslora: bool
-    lora_bias: bool
 
 
 class Jobs:
@@ -92,7 +81,11 @@ class Jobs:
         use_rslora: bool = False,
         lora_bias: bool = False,
     ) -> None:
-        """A new job, with LoRA of its own on every layer.   Raises ValueError, TypeError."""
+        """A new job, with LoRA of its own on every layer.   Raises ValueError, TypeError.
+
+        r, lora_alpha, lora_dropout, use_rslora, lora_bias: as in PEFT's LoraConfig; unless given, lora_alpha is 16, as
+        `LoRALinear`'s, where PEFT has 8.
+        """
         options = Options(r, lora_alpha, lora_dropout, use_rslora, lora_bias)
         with contextlib.ExitStack() as undo:
             for layer in self.layers.values():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import serving
-from fastlora.checks import check_numbers
+from fastlora.checks import check_finite, check_probability, check_whole
 from fastlora.functional import jobs_linear, jobs_update
 
 BASE = "__base__"
@@ -117,30 +117,42 @@ class Crew:
         return self.mapping
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a job was added; in PEFT's words.   Raises ValueError, TypeError naming what does not fit."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    lora_bias: bool
+
+    def __post_init__(self) -> None:
+        """Python's own numbers of NumPy's, which no config file takes."""
+        alpha = check_finite("lora_alpha", self.lora_alpha)
+        plain = {
+            "r": check_whole("r", self.r, 1),
+            "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+            "lora_dropout": check_probability("lora_dropout", self.lora_dropout),
+            "use_rslora": bool(self.use_rslora),
+            "lora_bias": bool(self.lora_bias),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
 class Job(nn.Module):
     """One layer's factors of one job.   lora_A.weight: [R, K], lora_B.weight: [N, R], lora_B.bias: [N] or None."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        K: int,
-        N: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        lora_bias: bool,
-    ) -> None:
+    def __init__(self, weight: Tensor, K: int, N: int, options: Options) -> None:
         super().__init__()
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r: got {r!r}, wanted a whole number ≥ 1")
-        self.lora_dropout = float(lora_dropout)
-        self.scaling = float(lora_alpha / (math.sqrt(r) if use_rslora else r))
-        check_numbers(self.scaling, self.lora_dropout)
+        r = options.r
+        self.lora_dropout = options.lora_dropout
+        self.scaling = options.lora_alpha / (math.sqrt(r) if options.use_rslora else r)
         wide = weight.dtype in (torch.float32, torch.float64)
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype if wide else torch.float32}
         self.lora_A = nn.Linear(K, r, bias=False, **like)
-        self.lora_B = nn.Linear(r, N, bias=lora_bias, **like)
+        self.lora_B = nn.Linear(r, N, bias=options.lora_bias, **like)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         if self.lora_B.bias is not None:
@@ -184,16 +196,17 @@ class JobLayer(nn.Module):
     ) -> None:
         """A job with factors of its own: lora_A as PEFT begins it, lora_B zero; fp32 on a 16-bit base.
 
+        lora_alpha: as `LoRALinear`'s 16 unless given; PEFT's LoraConfig has 8.
         Raises ValueError, TypeError for a name that is taken or can be no module's, and for numbers that do not fit.
         """
         if not isinstance(name, str) or name in ("", BASE) or "." in name or hasattr(nn.ModuleDict, name):
             raise ValueError(f"name: got {name!r}, wanted a name without a dot, and no method's of nn.ModuleDict")
         if name in self.jobs:
             raise ValueError(f"name: got {name!r}, which is a job already; wanted a new name")
-        size = self.in_features, self.out_features
+        options = Options(r, lora_alpha, lora_dropout, use_rslora, lora_bias)
         base = next(self.base_layer.parameters())
         like = base if base.is_floating_point() else torch.empty(0, device=base.device)  # of a quantised base
-        self.jobs[name] = Job(like, *size, r, lora_alpha, lora_dropout, use_rslora, lora_bias)
+        self.jobs[name] = Job(like, self.in_features, self.out_features, options)
         self.base_layer.requires_grad_(False)
         self._pack()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from crews import (
@@ -214,7 +216,12 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "a dotted name": (ValueError, "name: got 'x.y', wanted a name without a dot", lambda crew: crew.add("x.y")),
     "a method's name": (ValueError, "name: got 'keys'", lambda crew: crew.add("keys")),
     "rank 0": (ValueError, "r: got 0, wanted a whole number", lambda crew: crew.add("n", r=0)),
-    "p = 1": (ValueError, "dropout_p: got 1.0, wanted a prob", lambda crew: crew.add("n", lora_dropout=1.0)),
+    "p = 1": (ValueError, "lora_dropout: got 1.0, wanted a prob", lambda crew: crew.add("n", lora_dropout=1.0)),
+    "p in words": (TypeError, "lora_dropout: got str, wanted a num", lambda crew: crew.add("n", lora_dropout="0.1")),
+    "alpha in words": (TypeError, "lora_alpha: got str, wanted a num", lambda crew: crew.add("n", lora_alpha="16")),
+    "alpha NaN": (ValueError, "lora_alpha: got nan, wanted a finite", lambda crew: crew.add("n", lora_alpha=np.nan)),
+    "rank True": (ValueError, "r: got True, wanted a whole number", lambda crew: crew.add("n", r=True)),
+    "rank 8.0": (ValueError, "r: got 8.0, wanted a whole number", lambda crew: crew.add("n", r=8.0)),
     "another's state": (
         ValueError,
         "state: job 'c' and it differ",
@@ -236,6 +243,21 @@ def test_bad_input_is_refused(what: str, jobs: tuple[nn.Module, Jobs]) -> None:
     for name, state in before.items():
         assert_equal(crew.state_dict(name), state)
     assert all(list(layer.jobs) == list(before) for layer in crew.layers.values())
+
+
+def test_numpys_numbers_are_numbers(jobs: tuple[nn.Module, Jobs], tmp_path: Path) -> None:
+    _, crew = jobs
+    crew.add("n", r=np.int64(3), lora_alpha=np.float32(1.5), lora_dropout=np.float64(0.25), use_rslora=np.True_)
+    crew.add("plain")
+    layer = crew.layers["model.layers.0.mlp.up_proj"]
+    job = layer.jobs["n"]
+    assert (type(job.scaling), job.scaling, job.lora_dropout) == (float, 1.5 / 3**0.5, 0.25)
+    assert layer.jobs["plain"].scaling == 16 / 8
+    for name in ("n", "plain"):
+        crew.save(name, tmp_path / name)
+    numbers = json.loads((tmp_path / "n" / "adapter_config.json").read_text())
+    assert [numbers[key] for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")] == [3, 1.5, 0.25, True]
+    assert '"lora_alpha": 16,' in (tmp_path / "plain" / "adapter_config.json").read_text()
 
 
 def test_batches_and_models_that_do_not_fit(jobs: tuple[nn.Module, Jobs]) -> None:
