@@ -20,8 +20,8 @@ HEAD = """# Benchmarks
 Written by `python -m benchmarks report` from `benchmarks/results/`; no figure here is typed by hand. Times are medians
 of interleaved rounds, with cold caches in `linear` and `block`, of results that passed the tolerance policy in the same
 run. *Ratio* is a time over another's in the same run, case by case: the median over the cases, and in brackets the
-worst. Below 1 is faster. Each is first taken over the frozen layer's time in its own round, so that what slows the whole
-machine drops out.
+worst. Below 1 is faster. Each is first taken over the frozen layer's time in its own round, so that what slows the
+whole machine drops out.
 """
 
 
