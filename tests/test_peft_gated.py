@@ -70,6 +70,34 @@ def test_families_that_are_left_alone() -> None:
     assert not report.gated and not report.ungated, "nothing is gated there"
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor) -> Tensor:
+        return F.silu(g)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Tensor:
+        return dz
+
+
+def clipped_gradient(g: Tensor) -> Tensor:
+    y = F.silu(g)
+    if y.requires_grad:
+        y.register_hook(lambda dz: dz.clamp(-1, 1))
+    return y
+
+
+class Part(nn.Module):
+    """An activation that the trace does not look into."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, g: Tensor) -> Tensor:
+        return self.function(g)
+
+
 ACTS: list[tuple[Any, str | None]] = [
     (F.silu, "silu"),
     (nn.SiLU(), "silu"),
@@ -100,11 +128,26 @@ ACTS: list[tuple[Any, str | None]] = [
     (lambda g: F.dropout(F.silu(g), 0.1), None),
     (lambda g: 2 * F.silu(g), None),
     (lambda g: F.silu(g, inplace=False).float(), None),
+    (Part(F.silu), "silu"),
+    (Part(StraightThrough.apply), None),
+    (Part(torch.no_grad()(F.silu)), None),
+    (Part(clipped_gradient), None),
+    (Part(lambda g: F.silu(g) if g.requires_grad else F.relu(g)), None),
+    (lambda g: F.silu(g).detach(), None),
+    (lambda g: F.silu(g.detach()), None),
+    (lambda g: g * torch.sigmoid(g.detach()), None),
+    (lambda g: g + (F.relu(g) - g).detach(), None),
+    (lambda g: F.silu(g).clamp(max=2.0), None),
+    (lambda g: F.silu(g).clamp(max=65504.0), None),
+    (lambda g: F.relu(g).clamp(max=1e38), None),
+    (lambda g: F.relu(g).clamp(max=3.3895e38), None),
+    (lambda g: F.silu(g).nan_to_num(), None),
 ]
 
 
 @pytest.mark.parametrize("act, name", ACTS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_activations_are_told_apart(act: Any, name: str | None) -> None:
+    """By their values from the smallest to past the largest, and by the gradients that come back through them."""
     structure = find(Mine(act).train())
     if name is None:
         assert isinstance(structure, str) and "what follows one is none of silu, gelu" in structure
@@ -146,6 +189,11 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
     "residual": (lambda self, x: x + self.three(F.silu(self.one(x)) * self.two(x)), "not a child's output"),
     "scaled": (lambda self, x: self.three(2 * F.silu(self.one(x)) * self.two(x)), "is none of"),
     "scaled product": (lambda self, x: self.three(F.silu(self.one(x)) * self.two(x) * 2), "is not act(gate(x))"),
+    "no gradient of up": (
+        lambda self, x: self.three(F.silu(self.one(x)) * self.two(x).detach()),
+        "is not act(gate(x))",
+    ),
+    "no gradient of x": (lambda self, x: self.three(F.silu(self.one(x)) * self.two(x.detach())), "is not act(gate(x))"),
     "bilinear": (lambda self, x: self.three(self.one(x) * self.two(x)), "is not act(gate(x))"),
     "no up": (lambda self, x: self.three(F.silu(self.one(x)) * x), "is not act(gate(x))"),
     "one for both": (lambda self, x: self.three(F.silu(self.one(x)) * self.one(x)), "three children"),
