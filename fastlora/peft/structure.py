@@ -16,19 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlora.groups import Unwritten, unchanged
+from fastlora.peft.reads import Reads, reads
 from fastlora.reference import ACTIVATIONS
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-_SIMPLE = (bool, int, float, str, type(None))
-_STATE = ("training", "forward", "fastlora_gated")
-"""Attributes that change in use; the judge of each call looks at them itself, or the trace has seen both."""
 
 
 class Structure(NamedTuple):
     """x: the name of forward's argument.   gate, up, down: children of the module.   activation: one of ACTIVATIONS.
 
-    acts: the children that compute it.   settings: what they and the module had for attributes, without modules and
-    tensors, when they were traced.
+    acts: the children that compute it.   reads: what its forward reads, as it was when it was traced.
     """
 
     x: str
@@ -37,7 +34,7 @@ class Structure(NamedTuple):
     down: str
     activation: str
     acts: tuple[str, ...]
-    settings: tuple[tuple[str, ...], tuple[Any, ...]]
+    reads: Reads = Reads()
 
     @property
     def layers(self) -> tuple[str, str, str]:
@@ -95,7 +92,8 @@ def find(module: nn.Module) -> Structure | str | None:
     finally:
         module.training = before
     assert found is not None
-    return found
+    read = reads(module, found.layers, found.acts)
+    return read if isinstance(read, str) else found._replace(reads=read)
 
 
 def looks_like_one(module: nn.Module) -> bool:
@@ -144,7 +142,7 @@ def _match(module: nn.Module) -> Structure | str | None:
         activation = _named(_function(module, gate, between), [module.get_submodule(name) for name in acts])
         if activation is None:
             return f"what follows {gate.target} is none of {', '.join(ACTIVATIONS)} with its gradient"
-        return Structure(str(x.target), names[0], names[1], names[2], activation, acts, settings(module, acts))
+        return Structure(str(x.target), *names, activation, acts)
     return f"what {down.target} reads is not act(gate(x)) * up(x)"
 
 
@@ -253,13 +251,3 @@ def _same(result: Any, expected: Tensor) -> bool:
         and result.dtype == expected.dtype
         and torch.allclose(result, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
     )
-
-
-def settings(module: nn.Module, acts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """(names, values) of the plain attributes of a module and of its activation: what a forward may branch on."""
-    found: dict[str, Any] = {f"{act}.__class__": type(module._modules[act]) for act in acts}
-    for child in ("", *acts):
-        for name, value in vars(module._modules[child] if child else module).items():
-            if (isinstance(value, _SIMPLE) or callable(value)) and name[0] != "_" and name not in _STATE:
-                found[f"{child}.{name}"] = value
-    return tuple(found), tuple(found.values())
