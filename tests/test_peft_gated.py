@@ -141,6 +141,9 @@ ACTS: list[tuple[Any, str | None]] = [
     (lambda g: F.silu(g).clamp(max=65504.0), None),
     (lambda g: F.relu(g).clamp(max=1e38), None),
     (lambda g: F.relu(g).clamp(max=3.3895e38), None),
+    (lambda g: torch.where((g > 5) & (g < 6), 0, F.silu(g)), None),
+    (lambda g: torch.where((g < -1.5) & (g > -2), 0, F.silu(g)), None),
+    (lambda g: torch.where(g.isinf(), g, F.relu(g).clamp(max=1e30)), None),
     (lambda g: F.silu(g).nan_to_num(), None),
 ]
 

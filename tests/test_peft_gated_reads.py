@@ -20,6 +20,7 @@ from fastlora import ops
 from fastlora.peft.structure import find
 
 LIMITS: dict[str, Any] = {"z": None}
+GET = LIMITS.get
 LIMIT: float | None = None
 
 
@@ -83,6 +84,13 @@ class Options(Clipped):
 class Pair(Options):
     def limit(self) -> Any:
         return self.pair[0]
+
+
+class Heir(Clipped):
+    """Through super() it reads what its class's own code does not name."""
+
+    def forward(self, hidden: Tensor, unused: Any = None) -> Tensor:
+        return super().forward(hidden)
 
 
 class Copied(Clipped):
@@ -196,6 +204,9 @@ UNWATCHED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "buffer": (lambda self: self.most and None, "looks at a tensor|reads most"),
     "buffer in a branch": (lambda self: self.most if self.options["most"] else None, "reads most"),
     "number outside": (lambda self: LIMIT, "reads LIMIT, a NoneType outside of it"),
+    "number outside, inside a function": (lambda self: (lambda: LIMIT)(), "reads LIMIT"),
+    "number outside, in a decorated function": (torch.no_grad()(lambda self: LIMIT), "reads LIMIT"),
+    "function of a dict outside": (lambda self: GET("z"), "reads GET"),
     "dict outside": (lambda self: LIMITS["z"], "reads LIMITS, a dict outside of it"),
     "class as a namespace": (lambda self: Namespace.most, "reads Namespace.most"),
     "closure": (of_the_cell(), "reads most"),
@@ -224,6 +235,52 @@ def test_an_activation_that_is_called_in_a_way_of_its_own() -> None:
             return super().__call__(g) * self.scale[0]
 
     assert find(Mine(Called())) == "its Called has a __call__ of its own"
+
+
+def twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, hidden: function(self, hidden)
+
+
+def test_another_function_of_the_same_code() -> None:
+    """A wrapper's, around another."""
+    wrapped: Any = type("Wrapped", (Mine,), {"forward": twice(Mine.forward)})
+    structure, module = find(wrapped()), wrapped()
+    assert structure is not None and not isinstance(structure, str)
+    assert structure.reads.changed(module) is None
+    wrapped.forward = twice(lambda self, hidden: 0 * hidden)
+    assert structure.reads.changed(module) == "Wrapped.forward"
+
+
+def test_a_forward_of_a_base_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure, module = find(Heir()), Heir()
+    assert structure is not None and not isinstance(structure, str)
+    assert structure.reads.changed(module) is None
+    monkeypatch.setattr(Clipped, "forward", lambda self, hidden: 0 * hidden)
+    assert structure.reads.changed(module) == "Clipped.forward"
+
+
+def test_a_number_that_becomes_a_tensor() -> None:
+    class Number(Attribute):
+        def limit(self) -> Any:
+            return None if self.most == 1.0 else self.most
+
+    module = Number()
+    module.most = 1.0
+    structure = find(module)
+    assert structure is not None and not isinstance(structure, str)
+    assert structure.reads.changed(module) is None
+    module.most = torch.full((20,), 0.01)  # type: ignore[assignment]
+    assert structure.reads.changed(module) == "most"
+
+
+def test_an_activation_that_is_a_method_of_another_object() -> None:
+    class Scaled:
+        scale = 1.0
+
+        def silu(self, g: Tensor) -> Tensor:
+            return F.silu(g) if self.scale == 1 else self.scale * F.silu(g)
+
+    assert find(Mine(Scaled().silu)) == "its forward reads act, a method of another object"
 
 
 class OldLlama(Options):
