@@ -143,7 +143,7 @@ ACTS: list[tuple[Any, str | None]] = [
     (lambda g: F.relu(g).clamp(max=3.3895e38), None),
     (lambda g: torch.where((g > 5) & (g < 6), 0, F.silu(g)), None),
     (lambda g: torch.where((g < -1.5) & (g > -2), 0, F.silu(g)), None),
-    (lambda g: torch.where(g.isinf(), g, F.relu(g).clamp(max=1e30)), None),
+    (lambda g: torch.where(g.isinf(), F.relu(g), F.relu(g).clamp(max=1e30)), None),
     (lambda g: F.silu(g).nan_to_num(), None),
 ]
 
@@ -245,6 +245,28 @@ def test_an_activation_that_counts_is_left_and_not_run() -> None:
     module = Mine(Counting())
     assert find(module) == "it keeps something of what it computes"
     assert module.act.calls == 0
+
+
+def test_to_look_at_a_child_changes_nothing() -> None:
+    """Not even where the module is left alone, and only told if it looks like an MLP."""
+
+    class Counting(nn.Dropout):
+        calls = 0
+
+        def forward(self, g: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(g)
+
+    model = mine(Counting(0.5)).train()
+    state = torch.get_rng_state()
+    assert fastlora.patch(model, inputs={"x": torch.ones(1, 12)}).ungated
+    assert model.base_model.model.mlp.act.calls == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_patched_under_inference_mode() -> None:
+    model = mine()
+    with torch.inference_mode():
+        assert fastlora.patch(model).gated
 
 
 def test_a_module_that_counts_goes_on_counting() -> None:

@@ -99,8 +99,10 @@ def find(module: nn.Module) -> Structure | str | None:
 def looks_like_one(module: nn.Module) -> bool:
     """Whether someone would take the module for an MLP: a child is one of the activations, or it has three layers, two
     of one size and the third of the reverse."""
-    if any(not list(child.children()) and _named(child, [child]) is not None for child in module.children()):
-        return True
+    leaves = [child for child in module.children() if not list(child.children())]
+    with unchanged(module), Unwritten():
+        if any(_named(leaf, [leaf]) is not None for leaf in leaves):
+            return True
     sizes = [(child.in_features, child.out_features) for child in module.children() if hasattr(child, "out_features")]
     return len(sizes) == 3 and any(sorted(sizes) == sorted([size, size, size[::-1]]) for size in sizes)
 
