@@ -237,6 +237,17 @@ def test_an_activation_that_is_called_in_a_way_of_its_own() -> None:
     assert find(Mine(Called())) == "its Called has a __call__ of its own"
 
 
+def test_a_change_after_compilation() -> None:
+    """The compiler guards on what is watched."""
+    model, x = patched(Config), torch.randn(3, 12, dtype=torch.float64)
+    assert fastlora.patch(model).gated
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    assert torch.allclose(before, model(x))
+    model.base_model.model.mlp.config.most = 0.01
+    assert torch.allclose(compiled(x), model(x)) and not torch.allclose(before, model(x))
+
+
 def twice(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, hidden: function(self, hidden)
 
