@@ -70,6 +70,34 @@ def test_families_that_are_left_alone() -> None:
     assert not report.gated and not report.ungated, "nothing is gated there"
 
 
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, g: Tensor) -> Tensor:
+        return F.silu(g)
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> Tensor:
+        return dz
+
+
+def clipped_gradient(g: Tensor) -> Tensor:
+    y = F.silu(g)
+    if y.requires_grad:
+        y.register_hook(lambda dz: dz.clamp(-1, 1))
+    return y
+
+
+class Part(nn.Module):
+    """An activation that the trace does not look into."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, g: Tensor) -> Tensor:
+        return self.function(g)
+
+
 ACTS: list[tuple[Any, str | None]] = [
     (F.silu, "silu"),
     (nn.SiLU(), "silu"),
@@ -100,11 +128,29 @@ ACTS: list[tuple[Any, str | None]] = [
     (lambda g: F.dropout(F.silu(g), 0.1), None),
     (lambda g: 2 * F.silu(g), None),
     (lambda g: F.silu(g, inplace=False).float(), None),
+    (Part(F.silu), "silu"),
+    (Part(StraightThrough.apply), None),
+    (Part(torch.no_grad()(F.silu)), None),
+    (Part(clipped_gradient), None),
+    (Part(lambda g: F.silu(g) if g.requires_grad else F.relu(g)), None),
+    (lambda g: F.silu(g).detach(), None),
+    (lambda g: F.silu(g.detach()), None),
+    (lambda g: g * torch.sigmoid(g.detach()), None),
+    (lambda g: g + (F.relu(g) - g).detach(), None),
+    (lambda g: F.silu(g).clamp(max=2.0), None),
+    (lambda g: F.silu(g).clamp(max=65504.0), None),
+    (lambda g: F.relu(g).clamp(max=1e38), None),
+    (lambda g: F.relu(g).clamp(max=3.3895e38), None),
+    (lambda g: torch.where((g > 5) & (g < 6), 0, F.silu(g)), None),
+    (lambda g: torch.where((g < -1.5) & (g > -2), 0, F.silu(g)), None),
+    (lambda g: torch.where(g.isinf(), F.relu(g), F.relu(g).clamp(max=1e30)), None),
+    (lambda g: F.silu(g).nan_to_num(), None),
 ]
 
 
 @pytest.mark.parametrize("act, name", ACTS, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_activations_are_told_apart(act: Any, name: str | None) -> None:
+    """By their values from the smallest to past the largest, and by the gradients that come back through them."""
     structure = find(Mine(act).train())
     if name is None:
         assert isinstance(structure, str) and "what follows one is none of silu, gelu" in structure
@@ -146,6 +192,11 @@ OTHERS: dict[str, tuple[Any, str | None]] = {
     "residual": (lambda self, x: x + self.three(F.silu(self.one(x)) * self.two(x)), "not a child's output"),
     "scaled": (lambda self, x: self.three(2 * F.silu(self.one(x)) * self.two(x)), "is none of"),
     "scaled product": (lambda self, x: self.three(F.silu(self.one(x)) * self.two(x) * 2), "is not act(gate(x))"),
+    "no gradient of up": (
+        lambda self, x: self.three(F.silu(self.one(x)) * self.two(x).detach()),
+        "is not act(gate(x))",
+    ),
+    "no gradient of x": (lambda self, x: self.three(F.silu(self.one(x)) * self.two(x.detach())), "is not act(gate(x))"),
     "bilinear": (lambda self, x: self.three(self.one(x) * self.two(x)), "is not act(gate(x))"),
     "no up": (lambda self, x: self.three(F.silu(self.one(x)) * x), "is not act(gate(x))"),
     "one for both": (lambda self, x: self.three(F.silu(self.one(x)) * self.one(x)), "three children"),
@@ -194,6 +245,28 @@ def test_an_activation_that_counts_is_left_and_not_run() -> None:
     module = Mine(Counting())
     assert find(module) == "it keeps something of what it computes"
     assert module.act.calls == 0
+
+
+def test_to_look_at_a_child_changes_nothing() -> None:
+    """Not even where the module is left alone, and only told if it looks like an MLP."""
+
+    class Counting(nn.Dropout):
+        calls = 0
+
+        def forward(self, g: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(g)
+
+    model = mine(Counting(0.5)).train()
+    state = torch.get_rng_state()
+    assert fastlora.patch(model, inputs={"x": torch.ones(1, 12)}).ungated
+    assert model.base_model.model.mlp.act.calls == 0 and torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_patched_under_inference_mode() -> None:
+    model = mine()
+    with torch.inference_mode():
+        assert fastlora.patch(model).gated
 
 
 def test_a_module_that_counts_goes_on_counting() -> None:

@@ -152,6 +152,36 @@ def test_a_hook_of_the_mlp_itself_runs() -> None:
         assert not model(x).any() and calls.call_count == 1
 
 
+def test_dropout_is_off_in_evaluation_alone() -> None:
+    model, x = mine(lora_dropout=0.5), torch.randn(3, 12, dtype=torch.float64)
+    expected = model.eval()(x)
+    fastlora.patch(model)
+    with gated_calls() as calls:
+        assert torch.allclose(model(x), expected, rtol=1e-12)
+        assert not torch.allclose(model.train()(x), expected, rtol=1e-3)
+        model.base_model.model.mlp.one.eval()
+        model(x)
+        assert calls.call_count == 3
+    found = [[layer.dropout_p for layer in call.args[1:4]] for call in calls.call_args_list]
+    assert found == [[0.0] * 3, [0.5] * 3, [0.0, 0.5, 0.5]]
+
+
+def test_a_plain_layer_of_another_dtype_is_refused_as_unpatched() -> None:
+    """Autocast alone brings x and a weight together, and then in one op."""
+    model, x = mine(target_modules=["one", "two"]).float(), torch.randn(3, 12)
+    mlp = model.base_model.model.mlp
+    mlp.three.bfloat16()
+    fastlora.patch(model)
+    assert "three: x is torch.float32 and its weight torch.bfloat16" in fastlora.explain(mlp, x).why
+    with gated_calls() as calls:
+        with pytest.raises(RuntimeError, match="same dtype"):
+            model(x)
+        assert calls.call_count == 0
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        assert calls.call_count == 1
+
+
 def test_a_mixed_batch_is_pefts() -> None:
     model, inputs = peft_model().eval(), batch()
     model.add_adapter("other", lora_config())

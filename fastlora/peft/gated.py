@@ -122,12 +122,8 @@ def _changed(module: Any, structure: Structure) -> str | None:
             return f"{name} is gone"
         if hooked(parts[name]):
             return f"{name} has hooks, or a forward of its own"
-    for name, value in zip(*structure.settings, strict=True):
-        child, _, attribute = name.rpartition(".")
-        now = getattr(parts[child] if child else module, attribute, None)
-        if now is not value and now != value:
-            return f"{name.strip('.')} was changed since it was patched"
-    return None
+    changed = structure.reads.changed(module)
+    return None if changed is None else f"{changed} was changed since it was patched"
 
 
 def _plan(layer: Any, x: Tensor | None) -> Plan | str:

@@ -2,11 +2,12 @@
 
 The module's forward is traced with its children as leaves; what lies between gate and the product is evaluated in
 float64 and compared with the five activations, so that gelu_pytorch_tanh, NewGELU and nn.GELU(approximate="tanh") are
-one, and erf's is another.
+one, and erf's is another; what comes back through it too, so that a stopped or a straight-through gradient is neither.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,19 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastlora.groups import Unwritten, unchanged
+from fastlora.peft.reads import Reads, reads
 from fastlora.reference import ACTIVATIONS
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-_SIMPLE = (bool, int, float, str, type(None))
-_STATE = ("training", "forward", "fastlora_gated")
-"""Attributes that change in use; the judge of each call looks at them itself, or the trace has seen both."""
 
 
 class Structure(NamedTuple):
     """x: the name of forward's argument.   gate, up, down: children of the module.   activation: one of ACTIVATIONS.
 
-    acts: the children that compute it.   settings: what they and the module had for attributes, without modules and
-    tensors, when they were traced.
+    acts: the children that compute it.   reads: what its forward reads, as it was when it was traced.
     """
 
     x: str
@@ -36,7 +34,7 @@ class Structure(NamedTuple):
     down: str
     activation: str
     acts: tuple[str, ...]
-    settings: tuple[tuple[str, ...], tuple[Any, ...]]
+    reads: Reads = Reads()
 
     @property
     def layers(self) -> tuple[str, str, str]:
@@ -94,14 +92,17 @@ def find(module: nn.Module) -> Structure | str | None:
     finally:
         module.training = before
     assert found is not None
-    return found
+    read = reads(module, found.layers, found.acts)
+    return read if isinstance(read, str) else found._replace(reads=read)
 
 
 def looks_like_one(module: nn.Module) -> bool:
     """Whether someone would take the module for an MLP: a child is one of the activations, or it has three layers, two
     of one size and the third of the reverse."""
-    if any(not list(child.children()) and _named(child, [child]) is not None for child in module.children()):
-        return True
+    leaves = [child for child in module.children() if not list(child.children())]
+    with unchanged(module), Unwritten():
+        if any(_named(leaf, [leaf]) is not None for leaf in leaves):
+            return True
     sizes = [(child.in_features, child.out_features) for child in module.children() if hasattr(child, "out_features")]
     return len(sizes) == 3 and any(sorted(sizes) == sorted([size, size, size[::-1]]) for size in sizes)
 
@@ -142,8 +143,8 @@ def _match(module: nn.Module) -> Structure | str | None:
             return "its layers are not three children of its own"
         activation = _named(_function(module, gate, between), [module.get_submodule(name) for name in acts])
         if activation is None:
-            return f"what follows {gate.target} is none of {', '.join(ACTIVATIONS)}"
-        return Structure(str(x.target), names[0], names[1], names[2], activation, acts, settings(module, acts))
+            return f"what follows {gate.target} is none of {', '.join(ACTIVATIONS)} with its gradient"
+        return Structure(str(x.target), *names, activation, acts)
     return f"what {down.target} reads is not act(gate(x)) * up(x)"
 
 
@@ -196,46 +197,59 @@ def _function(module: nn.Module, gate: fx.Node, between: list[fx.Node]) -> Calla
 
 
 def _grid() -> Tensor:
-    """Both signs, from 1e-6 to 1e4 and 0, where a clipped or a scaled activation shows."""
-    positive = torch.cat((torch.logspace(-6, 4, 101, dtype=torch.float64), torch.linspace(0, 12, 131).double()))
-    return torch.stack((positive, -positive))[None]
+    """[points] of both signs: 0, 1e-6 to past the largest of fp32, what is not finite; a clip or a scale shows."""
+    positive = torch.cat((torch.logspace(-6, 39, 451, dtype=torch.float64), torch.linspace(0.1, 12, 120).double()))
+    return torch.cat((positive, -positive, torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=torch.float64)))
 
 
 def _named(function: Any, acts: list[nn.Module]) -> str | None:
-    """Which of ACTIVATIONS the function is, to 1e-9; None if none, or if what computes it has tensors or parts."""
+    """Which of ACTIVATIONS the function is, its derivative too, to 1e-9; None if none, or if what computes it has
+    tensors or parts."""
     for act in acts:
         if next(act.parameters(), None) is not None or next(act.buffers(), None) is not None or list(act.children()):
             return None
-    g, results = _grid(), []
+    results = []
     training = [act.training for act in acts]
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+            g = _grid()
             for mode in (True, False):
                 for act in acts:
                     act.training = mode
-                results.append(function(g.clone()))
+                with torch.no_grad():
+                    results.append(function(g.clone()))
+                with torch.enable_grad():
+                    results += _differentiated(function, g)
     except Exception:  # whatever it is, it is no function of one tensor
         return None
     finally:
         for act, before in zip(acts, training, strict=True):
             act.training = before
     for name, formula in ACTIVATIONS.items():
-        if all(
-            isinstance(result, Tensor)
-            and result.shape == g.shape
-            and result.dtype == g.dtype
-            and torch.allclose(result, formula(g), rtol=1e-9, atol=1e-9)
-            for result in results
-        ):
+        with torch.inference_mode(False), torch.enable_grad():
+            expected = [formula(g), *_differentiated(formula, g)] * 2
+        if all(_same(result, wanted) for result, wanted in zip(results, expected, strict=True)):
             return name
     return None
 
 
-def settings(module: nn.Module, acts: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """(names, values) of the plain attributes of a module and of its activation: what a forward may branch on."""
-    found: dict[str, Any] = {f"{act}.__class__": type(module._modules[act]) for act in acts}
-    for child in ("", *acts):
-        for name, value in vars(module._modules[child] if child else module).items():
-            if (isinstance(value, _SIMPLE) or callable(value)) and name[0] != "_" and name not in _STATE:
-                found[f"{child}.{name}"] = value
-    return tuple(found), tuple(found.values())
+def _differentiated(function: Callable[[Tensor], Any], g: Tensor) -> list[Tensor]:
+    """function(g) and, where g is finite and no kink of a ReLU, what comes back of a small and of a large gradient."""
+    inner = g.clone().requires_grad_()
+    result = function(inner.clone())  # which it may change in place
+    smooth = g.isfinite() & (g != 0)
+    gradients = []
+    for size in (1e-3, -1e6):
+        dz = torch.where(smooth, size, 0.0)
+        (dg,) = torch.autograd.grad(result, inner, dz, retain_graph=True)
+        gradients.append((dg / size)[smooth])
+    return [result.detach(), *gradients]
+
+
+def _same(result: Any, expected: Tensor) -> bool:
+    return (
+        isinstance(result, Tensor)
+        and result.shape == expected.shape
+        and result.dtype == expected.dtype
+        and torch.allclose(result, expected, rtol=1e-9, atol=1e-9, equal_nan=True)
+    )
