@@ -272,5 +272,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     for ends in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C does: the parts' children are in groups of their own
-        signal.signal(ends, signal.default_int_handler)
+        if signal.getsignal(ends) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(ends, signal.default_int_handler)
     sys.exit(main())

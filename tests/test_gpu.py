@@ -106,10 +106,16 @@ def test_what_comes_back_fits_the_way_back(out: Path) -> None:
     assert all(path.stat().st_size < 2**24 and len(path.relative_to(out).parts) <= 3 for path in files)
 
 
+def heed() -> None:
+    """Signals end a program, also where these tests were started to ignore them, as behind nohup."""
+    for ends in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ends, signal.SIG_DFL)
+
+
 def test_an_interrupted_run_leaves_what_it_had_and_no_process(tmp_path: Path) -> None:
     process = subprocess.Popen(
         make("PARTS=environment tune bench"), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
+        stderr=subprocess.DEVNULL, start_new_session=True, preexec_fn=heed,
     )  # fmt: skip
     table = tmp_path / "tables" / "interpreter.json"
     deadline = time.monotonic() + 120
@@ -127,7 +133,7 @@ def test_an_interrupted_run_leaves_what_it_had_and_no_process(tmp_path: Path) ->
 def test_whatever_ends_the_command_ends_what_it_started(ends: signal.Signals, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "--parts", "tune bench", "--device", "cpu"],
-        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL,
+        cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, preexec_fn=heed,
     )  # fmt: skip
     log, deadline = tmp_path / "run.log", time.monotonic() + 60
     while not (log.exists() and "benchmarks.tune" in log.read_text()) and time.monotonic() < deadline:
