@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastlora_kernels as kernels
-from fastlora import reference
+from fastlora import eager, reference
 from fastlora_kernels import Tile
 
 GROUND = 512
@@ -96,6 +96,15 @@ def layer(mix: str, R: int, device: str = "cpu", M: int = 45, K: int = 70, N: in
 
 def a_seed(device: str = "cpu") -> Tensor:
     return torch.tensor(-(2**62) - 12345, device=device)
+
+
+def scaled_mask(seed: Tensor, M: int, K: int, p: float, backend: str) -> Tensor:
+    """[M, K] float64, what a backend's dropout multiplies x by: 0 where the seed's mask drops, else 1/(1−p)."""
+    if backend == "triton":
+        keep = reference.dropout_mask(seed, M, K, p)
+    else:
+        keep = eager.drop(torch.ones(M, K, device=seed.device), seed, p, fp32)
+    return keep.double() * reference.dropout_scale(p)
 
 
 def small_tile(R: int) -> Tile:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from operands import scaled_mask
 from tolerance import assert_all_close, assert_same
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import dispatch, eager, ops, reference
+from fastlora import dispatch, ops, reference
 from fastlora.functional import Projection, draw_seed, lora_gated_mlp
 
 BACKENDS = ("torch", "triton")
@@ -98,16 +99,7 @@ def drawn(t: Leaves, ps: tuple[float, ...], backend: str, seed: int) -> list[Ten
     """The scaled masks that `ours` draws after manual_seed(seed)."""
     torch.manual_seed(seed)
     seeds, M = draw_seed(t["x"], 3), t["x"].shape[:-1].numel()
-    masks: list[Tensor | None] = []
-    for i, p in enumerate(ps):
-        K = t[f"w{i}"].shape[1]
-        mask = torch.full((M * K,), reference.dropout_scale(p), dtype=torch.float64)
-        if backend == "triton":
-            mask *= reference.dropout_mask(seeds[i], M, K, p).view(-1)
-        elif p:
-            mask[(eager.dropped if i == 2 else eager.holes)(seeds[i], M, K, p)] = 0
-        masks.append(mask if p else None)
-    return masks
+    return [scaled_mask(seeds[i], M, t[f"w{i}"].shape[1], p, backend) if p else None for i, p in enumerate(ps)]
 
 
 def grad_for(t: Leaves) -> Tensor:

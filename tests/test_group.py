@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from operands import scaled_mask
 from tolerance import assert_close, assert_same
 from torch import Tensor
 
-from fastlora import dispatch, eager, ops, reference
+from fastlora import dispatch, ops, reference
 from fastlora.functional import draw_seed, lora_linear, lora_linear_group
 
 BACKENDS = ("torch", "triton")
@@ -85,15 +86,7 @@ def drawn(x: Tensor, ps: tuple[float, ...], backend: str, seed: int) -> list[Ten
     """The scaled masks that `ours` draws after manual_seed(seed)."""
     torch.manual_seed(seed)
     seeds, M, K = draw_seed(x, 3), x.numel() // x.shape[-1], x.shape[-1]
-    masks: list[Tensor | None] = []
-    for i, p in enumerate(ps):
-        mask = torch.full((M * K,), reference.dropout_scale(p), dtype=torch.float64)
-        if backend == "triton":
-            mask *= reference.dropout_mask(seeds[i], M, K, p).view(-1)
-        else:
-            mask[eager.holes(seeds[i], M, K, p) if p else []] = 0
-        masks.append(mask.view(x.shape) if p else None)
-    return masks
+    return [scaled_mask(seeds[i], M, K, p, backend).view(x.shape) if p else None for i, p in enumerate(ps)]
 
 
 def results(run: Callable[[Group], tuple[Tensor, ...]], t: Group, dys: list[Tensor]) -> dict[str, Tensor]:

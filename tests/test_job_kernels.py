@@ -14,7 +14,7 @@ from tolerance import assert_close, assert_same
 from torch import Tensor
 
 import fastlora_kernels as kernels
-from fastlora import functional, reference
+from fastlora import eager, functional, reference
 from fastlora_kernels import Drops, Routes, Tile
 from fastlora_kernels.jobs import pool_of
 from fastlora_kernels.multi_outer import BAND
@@ -105,6 +105,20 @@ def test_the_whole_layer(mix: str, device: str, poison: None) -> None:
     """Forward and every gradient, with four dropouts at once, against each job alone in float64."""
     t = layer(MIXED, mix, device)
     ours = launched(t)
+    usual, exact = autograd(t, plain_lora_linear), autograd(t.double(), reference.lora_linear)
+    for what, found in ours.items():
+        assert_close(found, usual[what], exact[what], f"{mix} {what}")
+
+
+@pytest.mark.parametrize("mix", MAIN)
+@pytest.mark.parametrize(("share", "K"), [(5, 70), (90, 1100)])
+def test_the_whole_layer_on_torch(share: int, K: int, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same on a CPU, under its own masks; of few and of many outputs, which run otherwise."""
+    monkeypatch.setattr(
+        reference, "dropout_mask", lambda seed, M, K, p: eager.drop(torch.ones(M, K), seed, p, torch.float32) > 0
+    )
+    t = layer(MIXED, mix, share=share, K=K)
+    ours = launched(t, module=eager)
     usual, exact = autograd(t, plain_lora_linear), autograd(t.double(), reference.lora_linear)
     for what, found in ours.items():
         assert_close(found, usual[what], exact[what], f"{mix} {what}")

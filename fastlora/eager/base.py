@@ -19,6 +19,9 @@ WIDE_ROWS = 16
 WIDE_PRODUCTS = 2**14
 """M·K·N from which a backward does: there both take 20 µs, whatever M is."""
 
+GEMM_ROWS = 4
+"""M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
+
 BAND = 2**22
 """Elements of w that are copied at once: 16 MiB."""
 
@@ -34,9 +37,9 @@ def has_matmul(dtype: torch.dtype) -> bool:
     return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
 
 
-def native(t: Tensor) -> bool:
-    """Whether products of t's dtype run in it at their speed; a GPU's do."""
-    return has_matmul(t.dtype) or not t.is_cpu
+def native(t: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether products of dtype, t's unless given, run in it at their speed where t is; a GPU's do."""
+    return has_matmul(dtype or t.dtype) or not t.is_cpu
 
 
 def _bands(w: Tensor) -> list[slice]:
@@ -68,16 +71,22 @@ def project(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def pull_back(*layers: tuple[Tensor, Tensor]) -> Tensor:
-    """dx = Σ dy·w over the layers' (dy: [M, N], w: [N, K]), one at least, in dy's dtype."""
+def pull_back(*layers: tuple[Tensor, Tensor], onto: Tensor | None = None) -> Tensor:
+    """dx = Σ dy·w over the layers' (dy: [M, N], w: [N, K]), one at least, in dy's dtype.
+
+    onto: [M, K], in dy's dtype or wider: added, and overwritten.
+    """
     (dy, w), *others = layers
     if native(dy) or dy.numel() * w.shape[1] < WIDE_PRODUCTS:
-        dx = dy.mm(w)
+        if onto is not None and onto.dtype is dy.dtype and len(dy) >= GEMM_ROWS:
+            dx, onto = onto.addmm_(dy, w), None
+        else:
+            dx = dy.mm(w)
         for dy, w in others:
             dx.addmm_(dy, w)
-        return dx
+        return dx if onto is None else dx.add_(onto)
     bands = (band for layer in layers for band in _widened(*layer))  # one copied at a time
-    wide = torch.mm(*next(bands))
+    wide = torch.mm(*next(bands)) if onto is None else onto.float()
     for band in bands:
         wide.addmm_(*band)
     return wide.to(dy.dtype)

@@ -6,29 +6,25 @@ and is not yet divided by 1−p: every product of it brings that along in its sc
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora.eager.base import native, project, pull_back
-from fastlora.eager.dropout import FEW_ELEMENTS, bits
+from fastlora.eager.dropout import kept, lanes
 from fastlora.eager.thin import wide_dtype
+from fastlora.reference import dropout_scale
 
-FEW_INPUTS = 2**16
-"""M·K up to which calls cost more than arithmetic where nothing is dropped."""
-
-GEMM_ROWS = 4
-"""M from which BLAS adds a product to what is there at the end; with fewer it starts there, at twice the error."""
+FEW_INPUTS = 2**17
+"""M·K up to which calls cost more than arithmetic."""
 
 WIDE_THIN_PRODUCTS = 2**15
 """M·N·R from which the factors repay their copies to fp32 on a CPU without a matmul of their 16 bits."""
 
 
-def applies(like: Tensor, size: int, p: float) -> bool:
+def applies(like: Tensor, size: int) -> bool:
     """Whether a layer beside `like`, of M·K = size, is one of these; it is a CPU's calls that are counted."""
-    return size <= (FEW_ELEMENTS if p > 0 else FEW_INPUTS) and like.is_cpu
+    return size <= FEW_INPUTS and like.is_cpu
 
 
 def forward(
@@ -63,8 +59,7 @@ def add_update_(
     if seed is None:
         x = _as(x, a.dtype)
     else:
-        gone, grow = bits(seed, x.shape[0], x.shape[1], p)
-        x = _kept(x, gone, a.dtype)
+        x, grow = kept(x, lanes(seed, len(x), x.shape[1], p), p, a.dtype), dropout_scale(p)
     h = linear(x, a)
     if lora_bias is not None:
         y.add_(torch.addmm(lora_bias.to(b.dtype), h, b.t(), alpha=grow), alpha=scale)
@@ -94,34 +89,31 @@ def backward(
         rows, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
         dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
-    dx = da = db = gone = None
+    dx = da = db = term = None
     d, a_dtype, b_dtype = dy, a.dtype, b.dtype
     if mixed := not _alike(dy, a, b):
         wide = wide_dtype(dy)
         d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
     if seed is not None:
-        gone, grow = bits(seed, dy.shape[0], a.shape[1], p)
-        scale *= grow
+        scale *= dropout_scale(p)
     d = d * scale  # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
     if want_db and h is not None:
         db = d.t().mm(_as(h, b.dtype))
-    if want_dx or want_da:
-        dh = d.mm(b)
-    if want_da and x is not None:
-        da = dh.t().mm(_as(x, dh.dtype) if gone is None else _kept(x, gone, dh.dtype))
-    if want_dx:
-        if gone is None and w is not None and dh.dtype is dy.dtype:
-            dx = pull_back((dy, w)).addmm_(dh, a)
-        else:
-            dx = dh.mm(a)
-            if gone is not None:
-                dx.masked_fill_(gone, 0)
-            if w is None:
-                dx = _as(dx, dy.dtype)
-            elif dx.dtype is dy.dtype and dy.shape[0] >= GEMM_ROWS:
-                dx.addmm_(dy, w)
-            else:
-                dx = pull_back((dy, w)).add_(dx)
+    if not (want_dx or want_da):
+        return dx, da, None if db is None else _as(db, b_dtype)
+    dh, x = d.mm(b), x if want_da else None
+    if want_dx and seed is None and w is not None and dh.dtype is dy.dtype:
+        dx = pull_back((dy, w)).addmm_(dh, a)
+    elif want_dx:
+        term = dh.mm(a)
+    if seed is not None:
+        mask = lanes(seed, len(dy), a.shape[1], p)
+        term = None if term is None else kept(term, mask, p, term.dtype)
+        x = None if x is None else kept(x, mask, p, dh.dtype)
+    if x is not None:
+        da = dh.t().mm(_as(x, dh.dtype))
+    if term is not None:
+        dx = _as(term, dy.dtype) if w is None else pull_back((dy, w), onto=term)
     if mixed:
         da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
     return dx, da, db
@@ -137,14 +129,3 @@ def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t.to(dtype), which even where there is nothing to do takes 1 µs."""
     return t if t.dtype is dtype else t.to(dtype)
-
-
-def _kept(x: Tensor, gone: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype no narrower than its own, without what is gone."""
-    return torch.where(gone, _zero(dtype), x)
-
-
-@lru_cache
-def _zero(dtype: torch.dtype) -> Tensor:
-    """[1], so that x takes its dtype; a number would be made a tensor by every call, and cast."""
-    return torch.zeros(1, dtype=dtype, device="cpu")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastlora.eager.base import native, project, pull_back
-from fastlora.eager.dropout import holes
-from fastlora.eager.thin import add_low_rank_, thin_dtype, wide_dtype, with_bias
+from fastlora.eager.dropout import drop, drop_
+from fastlora.eager.thin import add_low_rank_, low_rank, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 GroupGrads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]
@@ -31,30 +31,11 @@ def columns(as_: Sequence[Tensor | None]) -> list[slice]:
     return ends
 
 
-def _gone(seeds: Tensor | None, M: int, K: int, ps: Sequence[float]) -> list[Tensor | None]:
-    """The positions that each member's dropout takes, None where it has none."""
+def _drawn(seeds: Tensor | None, ps: Sequence[float]) -> list[Tensor | None]:
+    """What draws each member's mask, None where it has none."""
     if seeds is None:
         return [None] * len(ps)
-    return [holes(seed, M, K, p) if p > 0 else None for seed, p in zip(seeds, ps, strict=True)]
-
-
-def _drops(x: Tensor, gone: Sequence[Tensor | None], dtype: torch.dtype) -> Iterator[Tensor]:
-    """x in dtype without what each of `gone` takes, not yet divided by 1−p; one buffer, good until the next.
-
-    A copy a member would be 4·M·K bytes written and read each; what is taken and given back is p of that.
-    """
-    if all(positions is None for positions in gone):
-        buffer = x.to(dtype)
-    else:
-        buffer = x.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    for positions in gone:
-        if positions is None:
-            yield buffer
-            continue
-        flat = buffer.view(-1)
-        kept = flat.index_select(0, positions)
-        yield flat.index_fill_(0, positions, 0).view(buffer.shape)
-        flat.scatter_(0, positions, kept)
+    return [seed if p > 0 else None for seed, p in zip(seeds, ps, strict=True)]
 
 
 def _thin(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
@@ -81,19 +62,22 @@ def lora_group(
 
     Returns ys: [M, N_i] in x's dtype, h: [M, ΣR] fp32, the members' side by side.
     """
-    M, K = x.shape
     ys = [project(x, w, b) for w, b in zip(ws, biases, strict=True)]
-    adapters, parts, gone = [a for a in as_ if a is not None], columns(as_), _gone(seeds, M, K, ps)
+    adapters, parts = [a for a in as_ if a is not None], columns(as_)
     thin = _thin(x, adapters)
-    if adapters and all(positions is None for positions in gone) and all(len(a) % STACKED == 0 for a in adapters):
+    if adapters and seeds is None and all(len(a) % STACKED == 0 for a in adapters):
         h = torch.mm(x.to(thin), _stacked(adapters, thin).t()).to(wide_dtype(x))
     else:
-        h = x.new_empty((M, parts[-1].stop), dtype=wide_dtype(x))
-        for a, part, dropped, p in zip(as_, parts, _drops(x, gone, thin), ps, strict=True):
-            if a is not None:
-                h[:, part] = torch.mm(dropped, a.to(thin).t())
-                if p > 0:
-                    h[:, part] *= dropout_scale(p)
+        h = x.new_empty((len(x), parts[-1].stop), dtype=wide_dtype(x))
+        drawn = _drawn(seeds, ps)
+        rows = x.to(thin) if any(seed is None for seed in drawn) else x
+        for a, part, seed, p in zip(as_, parts, drawn, ps, strict=True):
+            if a is None:
+                continue
+            kept = rows if seed is None else drop(x, seed, p, thin)
+            h[:, part] = torch.mm(kept, a.to(thin).t())
+            if seed is not None:
+                h[:, part] *= dropout_scale(p)
     for y, part, b, lora_bias, scale in zip(ys, parts, bs, lora_biases, scales, strict=True):
         if b is not None:
             add_low_rank_(y, *with_bias(h[:, part], b, lora_bias), scale)
@@ -120,12 +104,10 @@ def lora_group_backward(
     for dbs alone.   Returns dx: [M, K] in dy's dtype, das in the as', dbs in the bs' dtypes.
     """
     like = next(dy for dy in dys if dy is not None)
-    M, K = like.shape[0], next((t.shape[1] for t in (*as_, *ws) if t is not None), 0)
     dbs, dhs = _dy_pass(dys, bs, h, columns(as_), scales, want_dx or any(want_das), want_dbs)
-    gone = _gone(seeds, M, K, [p if dh is not None else 0.0 for p, dh in zip(ps, dhs, strict=True)])
     terms = [
-        _Term(i, dh, a, scales[i] if gone[i] is None else scales[i] * dropout_scale(ps[i]), gone[i])
-        for i, (dh, a) in enumerate(zip(dhs, as_, strict=True))
+        _Term(i, dh, a, scale if seed is None else scale * dropout_scale(p), seed, p)
+        for i, (dh, a, scale, seed, p) in enumerate(zip(dhs, as_, scales, _drawn(seeds, ps), ps, strict=True))
         if dh is not None and a is not None
     ]
     das = [torch.zeros_like(a) if want and a is not None else None for want, a in zip(want_das, as_, strict=True)]
@@ -133,8 +115,18 @@ def lora_group_backward(
         _da(das, x, [term for term in terms if want_das[term.member]])
     dx: Tensor | None = None
     if want_dx:
+        masked = _masked(terms, like.dtype)
         layers = [(dy, w) for dy, w in zip(dys, ws, strict=True) if dy is not None and w is not None]
-        dx = _add_dx_(pull_back(*layers) if layers else like.new_zeros((M, K)), terms)
+        if layers:
+            dx = pull_back(*layers, onto=masked)
+        elif masked is not None:
+            dx = masked.to(like.dtype)
+        else:
+            K = next((t.shape[1] for t in (*as_, *ws) if t is not None), 0)
+            dx = like.new_zeros((like.shape[0], K))
+        for term in terms:
+            if term.seed is None:
+                add_low_rank_(dx, term.dh, term.a, term.scale)
     return dx, das, dbs
 
 
@@ -145,7 +137,8 @@ class _Term(NamedTuple):
     dh: Tensor
     a: Tensor
     scale: float
-    gone: Tensor | None
+    seed: Tensor | None
+    p: float
 
 
 def _dy_pass(
@@ -177,25 +170,25 @@ def _dy_pass(
 
 
 def _da(das: list[Tensor | None], x: Tensor, terms: Sequence[_Term]) -> None:
-    """da_i = dh_iᵀ·drop_i(x) for each term, in one product where none of them drops."""
-    thin = _thin(x, [term.a for term in terms])
-    if terms and all(term.gone is None for term in terms):
-        stacked = torch.cat([term.dh.to(thin) for term in terms], 1)
-        together = torch.mm(stacked.t(), x.to(thin)).split([len(term.a) for term in terms])
-        for term, da in zip(terms, together, strict=True):
+    """da_i = dh_iᵀ·drop_i(x) for each term, in one product for all that do not drop."""
+    for i, dh, a, scale, seed, p in terms:
+        if seed is not None:
+            thin = _thin(x, [a])
+            das[i] = torch.addmm(a.to(thin), dh.to(thin).t(), drop(x, seed, p, thin), beta=0, alpha=scale).to(a.dtype)
+    plain = [term for term in terms if term.seed is None]
+    if plain:
+        thin = _thin(x, [term.a for term in plain])
+        stacked = torch.cat([term.dh.to(thin) for term in plain], 1)
+        together = torch.mm(stacked.t(), x.to(thin)).split([len(term.a) for term in plain])
+        for term, da in zip(plain, together, strict=True):
             das[term.member] = da.mul_(term.scale).to(term.a.dtype)
-        return
-    for term, dropped in zip(terms, _drops(x, [term.gone for term in terms], thin), strict=True):
-        a, dh = term.a.to(thin), term.dh.to(thin)
-        das[term.member] = torch.addmm(a, dh.t(), dropped, beta=0, alpha=term.scale).to(term.a.dtype)
 
 
-def _add_dx_(dx: Tensor, terms: Sequence[_Term]) -> Tensor:
-    """dx += Σ_i mask_i ⊙ scale_i·(dh_i·a_i) in place."""
-    flat = dx.view(-1)
-    for term in terms:
-        base = flat.index_select(0, term.gone) if term.gone is not None else None
-        add_low_rank_(dx, term.dh, term.a, term.scale)
-        if base is not None and term.gone is not None:  # where x was dropped, what was there remains
-            flat.scatter_(0, term.gone, base)
-    return dx
+def _masked(terms: Sequence[_Term], dtype: torch.dtype) -> Tensor | None:
+    """Σ_i mask_i ⊙ scale_i·(dh_i·a_i) over the terms that drop, in dtype or wider."""
+    total: Tensor | None = None
+    for _, dh, a, scale, seed, p in terms:
+        if seed is not None:
+            part = drop_(low_rank(dh, a, scale, dtype), seed, p)
+            total = part if total is None else total.add_(part)
+    return total

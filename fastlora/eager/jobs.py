@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastlora.eager.base import project, pull_back
-from fastlora.eager.dropout import holes
-from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
+from fastlora.eager.dropout import drop, drop_
+from fastlora.eager.thin import add_low_rank_, low_rank, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 JobGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -54,22 +54,25 @@ def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _land_(y: Tensor, rows: slice | Tensor, f: Tensor, g: Tensor, scale: float, gone: Tensor | None = None) -> None:
-    """y[rows] += mask ⊙ scale·(f·g) in place, rounded once."""
+def _land_(y: Tensor, rows: slice | Tensor, f: Tensor, g: Tensor, scale: float) -> None:
+    """y[rows] += scale·(f·g) in place, rounded once."""
     if isinstance(rows, Tensor) and y.dtype == f.dtype:  # a third of the time of taking y's rows and putting them back
-        term = torch.mm(f, g.to(f.dtype)).mul_(scale)
-        if gone is not None:
-            term.view(-1).index_fill_(0, gone, 0)
-        y.index_add_(0, rows, term)
+        y.index_add_(0, rows, low_rank(f, g, scale, y.dtype))
         return
     mine = _take(y, rows)
-    flat = mine.view(-1)
-    base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
     add_low_rank_(mine, f, g, scale)
-    if base is not None:
-        flat[gone] = base
     if isinstance(rows, Tensor):
         y.index_copy_(0, rows, mine)
+
+
+def _add_(y: Tensor, rows: slice | Tensor, term: Tensor) -> None:
+    """y[rows] += term in place."""
+    if isinstance(rows, slice):
+        y[rows] += term
+    elif y.dtype == term.dtype:
+        y.index_add_(0, rows, term)
+    else:
+        y.index_copy_(0, rows, _take(y, rows).add_(term))
 
 
 def _product_(out: Tensor, f: Tensor, g: Tensor, scale: float) -> None:
@@ -80,14 +83,12 @@ def _product_(out: Tensor, f: Tensor, g: Tensor, scale: float) -> None:
         out.copy_(torch.mm(f, g).mul_(scale))
 
 
-def _gone(part: Part, seeds: Tensor | None, K: int, ps: Sequence[float]) -> Tensor | None:
-    """What dropout takes from a job's own rows: row 0 is the job's first, so that nobody's company moves its mask."""
-    if seeds is None or ps[part.job] == 0:
-        return None
-    return holes(seeds[part.job], part.size, K, ps[part.job])
+def _seed(part: Part, seeds: Tensor | None, ps: Sequence[float]) -> Tensor | None:
+    """What draws the mask of a job's own rows: row 0 is the job's first, so that nobody's company moves it."""
+    return None if seeds is None or ps[part.job] == 0 else seeds[part.job]
 
 
-def _add_(
+def _update_(
     y: Tensor,
     x: Tensor,
     as_: Sequence[Tensor],
@@ -102,7 +103,7 @@ def _add_(
     hs = [x.new_empty(0, dtype=wide_dtype(x))]
     for part in _parts(x, jobs):
         job, rows = part.job, part.rows
-        h = shrink(_take(x, rows), as_[job], _gone(part, seeds, x.shape[1], ps), ps[job])
+        h = shrink(_take(x, rows), as_[job], _seed(part, seeds, ps), ps[job])
         _land_(y, rows, *with_bias(h, bs[job], lora_biases[job]), scales[job])
         hs.append(h.view(-1))
     return torch.cat(hs)
@@ -125,7 +126,7 @@ def jobs_linear(
     Returns y: [M, N] in x's dtype, h: fp32, [M_j, R_j] of each job, flat and one after the other.
     """
     y = project(x, w, bias)
-    return y, _add_(y, x, as_, bs, lora_biases, seeds, jobs, scales, ps)
+    return y, _update_(y, x, as_, bs, lora_biases, seeds, jobs, scales, ps)
 
 
 def jobs_update(
@@ -141,7 +142,7 @@ def jobs_update(
 ) -> tuple[Tensor, Tensor]:
     """As `jobs_linear` over any base output y.   Returns [M, N] in y's dtype, h."""
     out = y.to(y.dtype, copy=True, memory_format=torch.contiguous_format)
-    return out, _add_(out, x, as_, bs, lora_biases, seeds, jobs, scales, ps)
+    return out, _update_(out, x, as_, bs, lora_biases, seeds, jobs, scales, ps)
 
 
 def jobs_backward(
@@ -189,13 +190,16 @@ def jobs_backward(
         taken += part.size * R
         if not (want_dx or want_da):
             continue
-        gone = _gone(part, seeds, K, ps)
-        scale *= dropout_scale(ps[job]) if gone is not None else 1.0
+        seed = _seed(part, seeds, ps)
+        scale *= 1.0 if seed is None else dropout_scale(ps[job])
         dh = torch.mm(dy_thin, b.to(thin))  # without its scale, which the next products bring
         if da is not None and x is not None:
             x_mine = _take(x, rows)
             thin = thin_dtype(x_mine, a)
-            _product_(da[a_ends[job] : a_ends[job + 1]], dh.to(thin).t(), drop(x_mine, gone, thin), scale)
-        if dx is not None:
-            _land_(dx, rows, dh, a, scale, gone)
+            kept = x_mine.to(thin) if seed is None else drop(x_mine, seed, ps[job], thin)
+            _product_(da[a_ends[job] : a_ends[job + 1]], dh.to(thin).t(), kept, scale)
+        if dx is not None and seed is not None:
+            _add_(dx, rows, drop_(low_rank(dh, a, scale, dy.dtype), seed, ps[job]))
+        elif dx is not None:
+            _land_(dx, rows, dh, a, scale)
     return dx, da, db

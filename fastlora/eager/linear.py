@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastlora.eager import few
 from fastlora.eager.base import project, pull_back
-from fastlora.eager.dropout import holes
-from fastlora.eager.thin import add_low_rank_, drop, shrink, thin_dtype, wide_dtype, with_bias
+from fastlora.eager.dropout import drop, drop_
+from fastlora.eager.thin import add_low_rank_, low_rank, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -27,12 +27,11 @@ def lora_linear(
     p: float,
 ) -> tuple[Tensor, Tensor]:
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
-    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+    if few.applies(x, x.numel()):
         y, h = few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)
         return y, h.to(wide_dtype(x))
     y = project(x, w, bias)
-    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
-    h = shrink(x, a, gone, p)
+    h = shrink(x, a, seed, p)
     return add_low_rank_(y, *with_bias(h, b, lora_bias), scale), h
 
 
@@ -49,11 +48,10 @@ def lora_update(
 ) -> tuple[Tensor, Tensor]:
     """y + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias over any base output y.   Returns [M, N] in dtype, h: [M, R] fp32."""
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
-    if few.applies(x, x.numel(), p if seed is not None else 0.0):
+    if few.applies(x, x.numel()):
         h = few.add_update_(out, x, a, b, lora_bias, seed, scale, p)
         return out.to(dtype), h.to(wide_dtype(x))
-    gone = holes(seed, x.shape[0], x.shape[1], p) if seed is not None else None
-    h = shrink(x, a, gone, p)
+    h = shrink(x, a, seed, p)
     return add_low_rank_(out, *with_bias(h, b, lora_bias), scale).to(dtype), h
 
 
@@ -76,7 +74,7 @@ def lora_backward(
     x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
     """
     M, K = dy.shape[0], a.shape[1]
-    if few.applies(dy, M * K, p if seed is not None else 0.0):
+    if few.applies(dy, M * K):
         return few.backward(dy, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
     thin = thin_dtype(dy, b)
     dy_thin, b_thin = dy.to(thin), b.to(thin)
@@ -90,22 +88,18 @@ def lora_backward(
         db = db.to(b.dtype)
     if not (want_dx or want_da):
         return dx, da, db
-    gone = None
-    if seed is not None:
-        gone, scale = holes(seed, M, K, p), scale * dropout_scale(p)
     unscaled = torch.mm(dy_thin, b_thin)  # dh without its scale, which the next products bring
+    if seed is not None:
+        scale *= dropout_scale(p)
     if want_da and x is not None:
         thin = thin_dtype(x, a)
-        da = torch.addmm(a.to(thin), unscaled.to(thin).t(), drop(x, gone, thin), beta=0, alpha=scale).to(a.dtype)
-    if want_dx and gone is not None and w is not None and M >= few.GEMM_ROWS and dy.dtype == a.dtype == wide_dtype(dy):
-        dx = torch.mm(unscaled * scale, a)  # first, and the base's product on it: nothing is saved and put back
-        dx.view(-1).index_fill_(0, gone, 0)
-        dx.addmm_(dy, w)
+        kept = x.to(thin) if seed is None else drop(x, seed, p, thin)
+        da = torch.addmm(a.to(thin), unscaled.to(thin).t(), kept, beta=0, alpha=scale).to(a.dtype)
+        del kept  # before dx is made
+    if want_dx and seed is not None:
+        term = drop_(low_rank(unscaled, a, scale, dy.dtype), seed, p)
+        dx = pull_back((dy, w), onto=term) if w is not None else term.to(dy.dtype)
     elif want_dx:
         dx = pull_back((dy, w)) if w is not None else dy.new_zeros((M, K))
-        flat = dx.view(-1)
-        base = flat[gone] if gone is not None else None  # where x was dropped, only the base's gradient remains
         add_low_rank_(dx, unscaled, a, scale)
-        if base is not None:
-            flat[gone] = base
     return dx, da, db

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastlora.eager.base import native
+from fastlora.eager.dropout import drop
 from fastlora.reference import dropout_scale
 
 FEW_PRODUCTS = 2**15
@@ -29,18 +30,12 @@ def thin_dtype(x: Tensor, f: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def drop(x: Tensor, gone: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x in dtype with the elements at positions `gone` selected away, not yet divided by 1−p."""
-    if gone is None:
-        return x.to(dtype)
-    return x.to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1).index_fill_(0, gone, 0).view(x.shape)
-
-
-def shrink(x: Tensor, a: Tensor, gone: Tensor | None, p: float) -> Tensor:
+def shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
     """h = drop(x)·aᵀ in fp32."""
     thin = thin_dtype(x, a)
-    h = torch.mm(drop(x, gone, thin), a.to(thin).t()).to(wide_dtype(x))
-    return h if gone is None else h.mul_(dropout_scale(p))
+    kept = x.to(thin) if seed is None else drop(x, seed, p, thin)
+    h = torch.mm(kept, a.to(thin).t()).to(wide_dtype(x))
+    return h if seed is None else h.mul_(dropout_scale(p))
 
 
 def split(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,16 +45,31 @@ def split(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((f_hi, f_hi, f_lo), 1), torch.cat((g_hi, g_lo, g_hi), 0)
 
 
+def low_rank(f: Tensor, g: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale·f·g: [M, N] in dtype, or wider.   f: [M, R] fp32, or thin.   g: [R, N]."""
+    f, g, scale = _factors(f, g, scale, dtype)
+    return torch.addmm(g[:1], f, g, beta=0, alpha=scale)  # β = 0: unread
+
+
 def add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
     """y += scale·f·g in place, rounded once.   y: [M, N].   f: [M, R] fp32, or thin.   g: [R, N]."""
-    if y.dtype == f.dtype:
-        return y.addmm_(f, g.to(y.dtype), alpha=scale)
-    if thin_dtype(y, g) == y.dtype:
-        return y.addmm_(f.to(y.dtype), g, alpha=scale)
-    if y.dtype == torch.bfloat16 and y.numel() >= MANY_OUTPUTS and g.shape[0] <= 32 and native(y):
-        return y.addmm_(*split(f * scale, g))
-    wide = wide_dtype(y)
-    return y.copy_(torch.addmm(y.to(wide), f.to(wide), g.to(wide), alpha=scale))
+    f, g, scale = _factors(f, g, scale, y.dtype)
+    if f.dtype == y.dtype:
+        return y.addmm_(f, g, alpha=scale)
+    return y.copy_(torch.addmm(y.to(f.dtype), f, g, alpha=scale))
+
+
+def _factors(f: Tensor, g: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """f, g and the scale of their product, as it is best computed for a result in dtype: in dtype, or wider."""
+    if dtype == f.dtype:
+        return f, g.to(dtype), scale
+    if g.dtype == dtype and native(g) and (g.numel() > FEW_PRODUCTS or len(f) > 8):
+        return f.to(dtype), g, scale
+    many = len(f) * g.shape[1] >= MANY_OUTPUTS
+    if dtype == torch.bfloat16 and many and len(g) <= 32 and native(f, dtype):
+        return *split(f * scale, g), 1.0
+    wide = wide_dtype(f)
+    return f.to(wide), g.to(wide), scale
 
 
 def with_bias(h: Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[Tensor, Tensor]:

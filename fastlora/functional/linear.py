@@ -165,7 +165,7 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any) -> Tensor
 def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None, p: float) -> bool:
     """Whether `_FewRows` may take a layer on the torch backend: nobody trains its base, or watches its ops."""
     return (
-        ops.few.applies(x, x.numel(), p)
+        ops.few.applies(x, x.numel())
         and not torch.compiler.is_compiling()
         and not is_in_torch_dispatch_mode()
         and not (
