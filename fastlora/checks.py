@@ -19,11 +19,11 @@ _PLAIN = {Tensor, nn.Parameter}
 _FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _REAL: tuple[Any, ...] = (int, float, Real)
 """NumPy's numbers too; the builtin ones first, for the abstract class takes longer to ask."""
-_OPTIONAL = {"bias", "lora_bias"}
+_OPTIONAL = {"bias", "lora_bias", "source"}
 
 
 def _tensors(**named: Tensor | None) -> None:
-    """Every argument is a floating tensor, all on one device; of them only a bias may be None."""
+    """Every argument is a floating tensor, all on one device; of them only `_OPTIONAL` may be None."""
     first: tuple[str, torch.device] | None = None
     for name, t in named.items():
         if t is None and name in _OPTIONAL:
@@ -273,14 +273,16 @@ def check_update(
     scaling: float | Tensor,
     dropout_p: float,
     lora_bias: Tensor | None,
+    source: Tensor | None = None,
 ) -> torch.dtype | None:
     """As `check_linear`, with a base output y: [..., N] in the place of weight and bias."""
     check_numbers(scaling, dropout_p)
-    _tensors(y=y, x=x, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    _tensors(y=y, x=x, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias, source=source)
     _scaling_here(scaling, x)
     if x.dim() == 0:
         raise ValueError("x: got a 0-d tensor, wanted [..., K]")
     _shape("y", y, (*x.shape[:-1], y.shape[-1] if y.dim() else 0), "[..., N] with the leading dimensions of x")
+    _shape("source", source, tuple(x.shape), "x's")
     _adapter(x.shape[-1], y.shape[-1], lora_A, lora_B, lora_bias)
     return _autocast_dtype(x)
 

@@ -150,6 +150,27 @@ def test_several_active_adapters(base: str, dtype: torch.dtype) -> None:
     assert_layer(several(BASES[base]().to(dtype)), noise(M, K, dtype=dtype), calls=(0, 2))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_several_active_adapters_save_no_wider_x(p: float) -> None:
+    """fp32 adapters on a bf16 base: beyond x, each saves its h and a seed, though their dx add up in fp32."""
+    model = several(nn.Linear(K, N).to(BF16), lora_dropout=p)
+    model.base_model.model.proj.lora_dropout["default"] = nn.Dropout(p)
+    fastlora.patch(model)
+    x = noise(M, K, dtype=BF16).requires_grad_()
+    known = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    beyond: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in known:
+            beyond[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = model(x)
+    assert y.requires_grad
+    assert 0 < sum(beyond.values()) <= 4 * M * (R + 6) + (2 * 8 if p else 0)
+
+
 def test_many_active_adapters_are_rounded_once() -> None:
     """A rounding after each of five would make 1.7 times PEFT's error in y, which hides below one whole rounding."""
     model, names = several(nn.Linear(K, N).to(BF16)), ["default", "other", "third", "fourth", "fifth"]

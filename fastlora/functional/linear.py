@@ -77,13 +77,15 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dx, dw, dbias, da, db, dlora_bias, None, None, None, None
 
 
-def _update_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _update_setup(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], source: Tensor | None = None
+) -> None:
     y, x, a, b, lora_bias, seed, ctx.scale, ctx.p, _, ctx.backend = inputs
     need = ctx.needs_input_grad
     ctx.needs = need[1], False, need[2], need[3]
     ctx.y_dtype, ctx.x_dtype = y.dtype, x.dtype
     ctx.lora_bias_dtype = lora_bias.dtype if lora_bias is not None else None
-    _save(ctx, x, None, a, b, output[1], seed)
+    _save(ctx, x if source is None else source, None, a, b, output[1], seed)
 
 
 def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -108,15 +110,18 @@ class _LoRALinear(torch.autograd.Function):
 
 
 class _LoRAUpdate(torch.autograd.Function):
-    """The rule of `torch.ops.fastlora.lora_update`, without the dispatcher's cost."""
+    """The rule of `torch.ops.fastlora.lora_update`, without the dispatcher's cost; keeps source in x's place."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = face("lora_update", inputs[0])(*inputs)
-        _update_setup(ctx, inputs, output)
+        *operands, source = inputs
+        output = face("lora_update", operands[0])(*operands)
+        _update_setup(ctx, tuple(operands), output, source)
         return output[0]
 
-    backward = staticmethod(_update_backward)
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return *_update_backward(ctx, dy), None
 
 
 class _FewRows(torch.autograd.Function):
@@ -153,12 +158,12 @@ standalone("fastlora::lora_update", _update_setup, _update_backward)
 torch.library.register_autograd("fastlora::lora_backward", no_second_derivative)
 
 
-def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any) -> Tensor:
-    """The op through its cheapest face: traced, inside autograd, or bare."""
+def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tuple[Any, ...] = ()) -> Tensor:
+    """The op through its cheapest face: traced, inside autograd, or bare.   own: what its rule takes beside inputs."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.fastlora, name)(*inputs)[0]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
-        return rule.apply(*inputs)
+        return rule.apply(*inputs, *own)
     return face(name, inputs[0])(*inputs)[0]
 
 
@@ -227,23 +232,26 @@ def lora_update(
     training: bool = True,
     lora_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    source: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The low-rank update over any base output, y + scaling·(drop(x)·lora_Aᵀ·lora_Bᵀ + lora_bias).
 
     y: [..., N], what a base layer of any kind (quantised, too) made of x: [..., K].   dtype: of the result, y's unless
-    given.   The rest, and what is saved and raised, as in `lora_linear`.   Returns a new tensor [..., N].
+    given.   source: [..., K], the narrower tensor that x is a wider copy of, saved in its place: dx has x's dtype, so
+    that several updates' add up in it, and x itself is gone after forward.
+    The rest, and what is saved and raised, as in `lora_linear`.   Returns a new tensor [..., N].
     """
-    autocast = check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias)
+    autocast = check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias, source)
     if dtype is not None:
         check_dtype("dtype", dtype)
     if autocast is not None:
-        x = x.to(autocast)
+        x, source = x.to(autocast), None
     p = dropout_p if training else 0.0
     seed = draw_seed(x) if p > 0 else None
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_for(x, backend, p > 0)
     return _run(
         "lora_update", _LoRAUpdate,
-        y, x, lora_A, lora_B, lora_bias, seed, scale, p, dtype or y.dtype, where,
+        y, x, lora_A, lora_B, lora_bias, seed, scale, p, dtype or y.dtype, where, own=(source,),
     )  # fmt: skip

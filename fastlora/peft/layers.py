@@ -54,12 +54,13 @@ class _Fused(nn.Module):
             )
         y = base(x)
         dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
+        source = x
         if len(adapters) > 1:  # as PEFT does: their gradients to x then add up in fp32 and are rounded once
             x = x.to(torch.promote_types(x.dtype, adapters[0].a.dtype))
         for done, (a, b, scaling, lora_bias, p, training) in enumerate(adapters, 1):
             out = wide if done < len(adapters) else dtype
             y = functional.lora_update(
-                y, x, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias, dtype=out
+                y, x, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias, dtype=out, source=source
             )
         return y
 
