@@ -106,7 +106,7 @@ def test_bad_update() -> None:
         lora_update(None, x, a, b, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scaling: got device meta, wanted cpu"):
         lora_update(torch.randn(2, 3, 6), x, a, b, torch.ones((), device="meta"))
-    with pytest.raises(ValueError, match=r"source: got shape \(2, 5\), wanted \(2, 3, 5\): x's"):
+    with pytest.raises(ValueError, match=r"source: got shape \(2, 8\), wanted \(2, 3, 8\): x's"):
         lora_update(torch.randn(2, 3, 6), x, a, b, 0.5, source=x[:, 0])
     for dtype in ("fp16", torch.int32):
         with pytest.raises(TypeError, match=r"dtype: got dtype .*, wanted a floating dtype"):
