@@ -19,6 +19,7 @@ from fastlora import dispatch, eager, ops
 from fastlora.serving import current as current
 from fastlora.serving import serving as serving
 from fastlora.serving import turn_of
+from fastlora.stacks import Stacks, gather
 from fastlora.trained import JobLayer
 
 TOGETHER = 3
@@ -96,7 +97,7 @@ class Batch:
         self.adapted = [row for row, slot in enumerate(self.slots) if slot >= 0]
         self._routes: dict[int, Any] = {}
         self._rows: dict[int, Tensor] = {}
-        self._stacks: dict[int, Stacks] = {}
+        self._stacks: dict[int, list[Stacks]] = {}
 
     def share(self, x: Tensor) -> int:
         """Rows of x: [..., K] that each request has: its tokens, times its beams, which lie side by side."""
@@ -122,31 +123,16 @@ class Batch:
             self._rows[share] = slots.to(x.device, non_blocking=True)
         return self._rows[share]
 
-    def stacks(self, group: Group) -> Stacks:
-        """The factors in the order of the requests, gathered once for a CPU."""
+    def stacks(self, group: Group) -> list[Stacks]:
+        """The group's factors in the order of the requests, gathered once for a CPU."""
         if id(group) not in self._stacks:
             with torch.inference_mode(False):  # they may outlive the caller's inference mode
-                self._stacks[id(group)] = group.gather(self)
+                self._stacks[id(group)] = gather(group, self)
         return self._stacks[id(group)]
 
     def on_host(self) -> Batch:
         """The batch whose slots the host knows: itself."""
         return self
-
-
-@dataclass(frozen=True)
-class Stacks:
-    """A group's factors by request: a: [B, members·width, K]; bs: [B, width, N], scaled; biases: [B, 1, N] or None.
-
-    rows: the requests that have an adapter, None for all.   B is 1 where all of them have the same one.
-    live: the members that some adapter of the batch adapts; the others have no part in a, bs and biases.
-    """
-
-    live: list[int]
-    rows: Tensor | None
-    a: Tensor
-    bs: list[Tensor]
-    biases: list[Tensor | None]
 
 
 class Group:
@@ -214,32 +200,6 @@ class Group:
         self.a_pool[:, to : to + rows] = self.a_pool[:, start : start + rows].clone()
         for b_pool in self.b_pools:
             b_pool[to : to + rows] = b_pool[start : start + rows].clone()
-
-    def gather(self, batch: Batch) -> Stacks:
-        """The batch's factors in the order of its requests."""
-        slots = [batch.slots[row] for row in batch.adapted]
-        if len(set(slots)) == 1:
-            slots = slots[:1]
-        device = self.a_pool.device
-        whole = len(batch.adapted) == len(batch.slots)
-        rows = None if whole else torch.tensor(batch.adapted, device=device)
-        picked = torch.tensor(slots, device=device)
-        first = self.tables.start[picked].long()[:, None]
-        step = torch.arange(batch.width, device=device)
-        a_rows, bs, biases = [], [], []
-        live = [i for i, ranks in enumerate(self.ranks) if any(ranks[slot] for slot in slots)]
-        for member in live:
-            b_pool = self.b_pools[member]
-            rank = self.rank[member, picked][:, None]
-            index = torch.where(step < rank, first + step, self.tables.rows)
-            a_rows.append(self.a_pool[member][index])
-            scaling = self.scaling[member, picked][:, None, None]
-            scaled = b_pool[index].to(torch.promote_types(b_pool.dtype, torch.float32)) * scaling
-            bs.append(scaled.transpose(1, 2).contiguous().transpose(1, 2))  # 7 % faster to read with N outside
-            biased = self.biased[member, picked][:, None] != 0
-            at = torch.where(biased, first + rank, self.tables.rows)
-            biases.append(b_pool[at] * scaling if bool(biased.any()) else None)
-        return Stacks(live, rows, torch.cat(a_rows, 1) if live else self.a_pool[0, :0], bs, biases)
 
     def run(self, member: int, x: Tensor, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The member's output for x; the others', made in the same launches, wait for their call with the same x."""
@@ -322,14 +282,14 @@ class Group:
             batch = batch.on_host()
             if batch.width == 0:
                 return
-            stacks = batch.stacks(self)
-            mine = [k for k, i in enumerate(stacks.live) if i in members]
-            if mine:
-                every, first = len(mine) == len(stacks.live), mine[0] * batch.width
-                a = stacks.a if every else stacks.a[:, first : first + batch.width]
-                bs, biases = [stacks.bs[k] for k in mine], [stacks.biases[k] for k in mine]
-                ys = [ys[members.index(stacks.live[k])] for k in mine]
-                eager.multi_update_(ys, x, len(batch.slots), stacks.rows, a, bs, biases)
+            for stacks in batch.stacks(self):
+                mine = [k for k, i in enumerate(stacks.live) if i in members]
+                if mine:
+                    every, first = len(mine) == len(stacks.live), mine[0] * stacks.width
+                    a = stacks.a if every else stacks.a[:, first : first + stacks.width]
+                    bs, biases = [stacks.bs[k] for k in mine], [stacks.biases[k] for k in mine]
+                    adapted = [ys[members.index(stacks.live[k])] for k in mine]
+                    eager.multi_update_(adapted, x, len(batch.slots), stacks.rows, a, bs, biases)
             return
         pick, routes = self._pick(members), batch.routes(x)
         b_pools, start, rank = [self.b_pools[i] for i in members], self.tables.start, self.rank[pick]

@@ -28,7 +28,7 @@ from tolerance import FACTOR_OF_ONE_AMONG_MANY, assert_all_close, assert_same, o
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import AdapterBank, MultiLoRALinear
+from fastlora import AdapterBank, MultiLoRALinear, stacks
 
 MAPPINGS = {
     "identical": [4, 4, 4, 4, 4, 4],
@@ -38,8 +38,12 @@ MAPPINGS = {
 }
 
 
+@pytest.mark.parametrize("by_rank", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "t5", "gpt2"])
-def test_each_row_is_that_request_alone_in_peft(family: str) -> None:
+def test_each_row_is_that_request_alone_in_peft(family: str, by_rank: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a CPU has all adapters in one product, and where those of each rank have theirs."""
+    if by_rank:
+        monkeypatch.setattr(stacks, "CLASS_BYTES", 1)
     draws = []
     for seed, (what, mapping) in enumerate(MAPPINGS.items()):
         torch.manual_seed(seed)
