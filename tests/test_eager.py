@@ -41,6 +41,20 @@ def test_rate(p: float) -> None:
     assert abs(count - M * K * held) <= 5 * math.sqrt(M * K * held * (1 - held))
 
 
+@pytest.mark.parametrize("p", [0.4962, 0.498, 0.5, 0.502])
+def test_a_thread_that_flushes_denormals_drops_the_same(p: float) -> None:
+    """Of a layer's two passes one may run so: autograd has threads of its own."""
+    x, seed = torch.ones(512, 512), torch.tensor(5)
+    usual = drop(x, seed, p, fp32)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        flushed = drop(x, seed, p, fp32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same(flushed, usual)
+
+
 def test_same_seed_same_mask_and_any_seed_is_taken() -> None:
     for seed in (0, -1, 2**63 - 1, -(2**63)):
         assert_same(gone(torch.tensor(seed), 40, 50, 0.2), gone(torch.tensor(seed), 40, 50, 0.2))

@@ -150,8 +150,9 @@ def test_several_active_adapters(base: str, dtype: torch.dtype) -> None:
     assert_layer(several(BASES[base]().to(dtype)), noise(M, K, dtype=dtype), calls=(0, 2))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_several_active_adapters_save_no_wider_x(p: float) -> None:
+def test_several_active_adapters_save_no_wider_x(p: float, autocast: bool) -> None:
     """fp32 adapters on a bf16 base: beyond x, each saves its h and a seed, though their dx add up in fp32."""
     model = several(nn.Linear(K, N).to(BF16), lora_dropout=p)
     model.base_model.model.proj.lora_dropout["default"] = nn.Dropout(p)
@@ -165,7 +166,7 @@ def test_several_active_adapters_save_no_wider_x(p: float) -> None:
             beyond[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", BF16, enabled=autocast):
         y = model(x)
     assert y.requires_grad
     assert 0 < sum(beyond.values()) <= 4 * M * (R + 6) + (2 * 8 if p else 0)

@@ -16,7 +16,7 @@ TABLE = 2**18
 
 _select = torch.ops.aten.threshold_backward.default
 _select_into = torch.ops.aten.threshold_backward.grad_input
-"""x where lanes > bound, else 0, which takes inf and NaN too; in one pass."""
+"""0 where lanes ≤ bound, of inf and NaN too, else x; one pass, with a cast on either side where x has 16 bits."""
 
 _NEGATIVE = 0x7F800001
 """How many floats lie from −inf to −0."""
@@ -43,7 +43,7 @@ def drop_(x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def lanes(number: Tensor, M: int, K: int, p: float) -> Tensor:
-    """[M, K] fp32, a mask of `TABLE` elements at the most as `kept` takes it; a CPU's.
+    """[M, K] fp32, a mask of up to `TABLE` elements (or one row) as `kept` takes it; a CPU's.
 
     number: [] int64, the seed where that is the whole mask; what is above 32 bits does not count.
     """
@@ -79,12 +79,13 @@ def _rows(K: int) -> int:
 def _bound(p: float) -> tuple[float, bool]:
     """The largest lane that is dropped, and whether lanes are the hash's bits read as a float.
 
-    2⁻⁸ of all bits are NaN, which is no smaller than anything: above p = 0.996 lanes are the hash's value instead.
+    2⁻⁸ of all bits are NaN, which is no smaller than anything: above p = 0.996 lanes are the hash's value instead; also
+    next to 0.5, where the bound would be a denormal, which a thread may flush to 0 and another not.
     """
     count = reference.dropout_threshold(p) << 16
-    if count > 2 * _NEGATIVE:
-        return float(count - 2**31 - 1), False
     bits = 2**32 - 2**23 + 1 - count if count <= _NEGATIVE else count - _NEGATIVE - 1
+    if count > 2 * _NEGATIVE or bits % 2**31 < 2**23:
+        return float(count - 2**31), False
     return struct.unpack("<f", struct.pack("<I", bits))[0], True  # of none, NaN: nothing is as small
 
 

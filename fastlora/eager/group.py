@@ -70,7 +70,7 @@ def lora_group(
     else:
         h = x.new_empty((len(x), parts[-1].stop), dtype=wide_dtype(x))
         drawn = _drawn(seeds, ps)
-        rows = x.to(thin) if any(seed is None for seed in drawn) else x
+        rows = x.to(thin) if any(a is not None and seed is None for a, seed in zip(as_, drawn, strict=True)) else x
         for a, part, seed, p in zip(as_, parts, drawn, ps, strict=True):
             if a is None:
                 continue

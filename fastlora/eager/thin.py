@@ -25,9 +25,11 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def thin_dtype(x: Tensor, f: Tensor) -> torch.dtype:
     """What a product with the adapter's factor f runs in: 16-bit operands of one dtype as they are, as plain torch
     does, unless a handful, or the CPU has no matmul of theirs; all else in fp32."""
-    if x.dtype != f.dtype or (f.numel() <= FEW_PRODUCTS and x.shape[0] <= 8) or not native(x):
-        return wide_dtype(x)
-    return x.dtype
+    return x.dtype if _as_they_are(x.dtype, len(x), f) else wide_dtype(x)
+
+
+def _as_they_are(dtype: torch.dtype, rows: int, f: Tensor) -> bool:
+    return f.dtype == dtype and native(f) and (f.numel() > FEW_PRODUCTS or rows > 8)
 
 
 def shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -63,7 +65,7 @@ def _factors(f: Tensor, g: Tensor, scale: float, dtype: torch.dtype) -> tuple[Te
     """f, g and the scale of their product, as it is best computed for a result in dtype: in dtype, or wider."""
     if dtype == f.dtype:
         return f, g.to(dtype), scale
-    if g.dtype == dtype and native(g) and (g.numel() > FEW_PRODUCTS or len(f) > 8):
+    if _as_they_are(dtype, len(f), g):
         return f.to(dtype), g, scale
     many = len(f) * g.shape[1] >= MANY_OUTPUTS
     if dtype == torch.bfloat16 and many and len(g) <= 32 and native(f, dtype):

@@ -167,7 +167,7 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tupl
     return face(name, inputs[0])(*inputs)[0]
 
 
-def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None, p: float) -> bool:
+def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None) -> bool:
     """Whether `_FewRows` may take a layer on the torch backend: nobody trains its base, or watches its ops."""
     return (
         ops.few.applies(x, x.numel())
@@ -211,7 +211,7 @@ def lora_linear(
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_for(x, backend, p > 0)
     seed = draw_seed(x) if p > 0 else None
-    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias, p):
+    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias):
         if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
             return _FewRows.apply(x, lora_A, lora_B, (weight, bias, lora_bias, seed, scale, p))
         return ops.few.forward(x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p)[0]
@@ -239,14 +239,15 @@ def lora_update(
 
     y: [..., N], what a base layer of any kind (quantised, too) made of x: [..., K].   dtype: of the result, y's unless
     given.   source: [..., K], the narrower tensor that x is a wider copy of, saved in its place: dx has x's dtype, so
-    that several updates' add up in it, and x itself is gone after forward.
+    that several updates' add up in it, and x itself is gone after forward. Like any x that is saved, source must not be
+    changed in place before backward; a compiler saves what it chooses.
     The rest, and what is saved and raised, as in `lora_linear`.   Returns a new tensor [..., N].
     """
     autocast = check_update(y, x, lora_A, lora_B, scaling, dropout_p, lora_bias, source)
     if dtype is not None:
         check_dtype("dtype", dtype)
     if autocast is not None:
-        x, source = x.to(autocast), None
+        x, source = x.to(autocast), source if source is not None and source.dtype is autocast else None
     p = dropout_p if training else 0.0
     seed = draw_seed(x) if p > 0 else None
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
