@@ -94,7 +94,6 @@ class Batch:
     def __init__(self, tables: Tables, slots: Sequence[int], ranks: dict[int, int]) -> None:
         self.tables, self.slots = tables, tuple(slots)
         self.width = max((ranks[slot] for slot in self.slots if slot >= 0), default=0)
-        self.adapted = [row for row, slot in enumerate(self.slots) if slot >= 0]
         self._routes: dict[int, Any] = {}
         self._rows: dict[int, Tensor] = {}
         self._stacks: dict[int, list[Stacks]] = {}
@@ -127,7 +126,7 @@ class Batch:
         """The group's factors in the order of the requests, gathered once for a CPU."""
         if id(group) not in self._stacks:
             with torch.inference_mode(False):  # they may outlive the caller's inference mode
-                self._stacks[id(group)] = gather(group, self)
+                self._stacks[id(group)] = gather(group, self.tables.start, self.slots)
         return self._stacks[id(group)]
 
     def on_host(self) -> Batch:
