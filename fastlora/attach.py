@@ -150,12 +150,13 @@ class Attached:
         self.device = self._seats.device
         self.tables = Tables.empty(slots, rows, self.device)
         traced = {name: place.layer for name, place in named.items()}
-        calls, _ = groups.trace(self.base, traced, ids=IDS)
+        calls, failed = groups.trace(self.base, traced, ids=IDS)
         flat = _flat(calls)
         together = groups.runs(self.base, traced, calls, multi.TOGETHER)
         self.layers = self._seats.fill()
         for name, layer in self.layers.items():
             layer.flat = name in flat
+            layer.seen = failed is not None or any(call.name == name for call in calls)
         self.groups = [Group([self.layers[name] for name in run], self.tables, self.target.dtype) for run in together]
         self.names = together
 

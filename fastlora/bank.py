@@ -206,6 +206,8 @@ class AdapterBank:
         num_return_sequences itself; in a loop of one's own each of them is a request.)   A `use` inside of another
         takes its place, soft prompts and all, until it ends. Enter it where the model runs: other threads and tasks
         have batches of their own. A task that is begun inside has this one, and raises RuntimeError if it outlives it.
+        A generator should enter it anew for each step: one that yields inside and is resumed after another `use` was
+        begun, or elsewhere, is served by what holds there, and raises RuntimeError at its end.
         Raises UnknownAdapter; ValueError when the two differ in length, or, once the model runs, from the batch;
         RuntimeError when not all of them fit on the device beside what is pinned or in use.
         """

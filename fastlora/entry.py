@@ -18,8 +18,14 @@ from fastlora.prompts import PromptOf, Prompts, Requests, named
 from fastlora.serving import turn_of
 from fastlora.standing import Standing
 
-_BATCHES = ("input_ids", "inputs_embeds", "inputs", "encoder_outputs", "decoder_input_ids", "decoder_inputs_embeds")
+_BATCHES = (
+    "input_ids", "inputs_embeds", "inputs", "encoder_outputs", "decoder_input_ids", "decoder_inputs_embeds",
+    "input_features",
+)  # fmt: skip
 """Arguments whose first dimension is the batch's, the likeliest first."""
+
+_ELSEWHERE = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Methods of transformers' that run the model in a thread of its own, on a batch of their own making."""
 
 
 class Entry(Prompts):
@@ -35,6 +41,9 @@ class Entry(Prompts):
         self.tables, self._renew = tables, renew
         self._install(self.model, "forward", self._whole)
         self._install(self.model, "generate", self._multiplied)
+        for name in _ELSEWHERE:
+            if hasattr(self.model, name):
+                self._install(self.model, name, self._refused)
 
     @contextlib.contextmanager
     def serving(self, requests: Sequence[PromptOf | None] | None) -> Iterator[None]:
@@ -55,7 +64,7 @@ class Entry(Prompts):
         if isinstance(turn.batch, Standing):
             self._renew(turn.batch)
         kwargs = named(inner, args, kwargs)
-        with self._counted(kwargs):
+        with self._counted(kwargs, whole=True):
             return inner(**kwargs)
 
     def _encoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -65,8 +74,11 @@ class Entry(Prompts):
             return super()._encoder(inner, **kwargs)
 
     @contextlib.contextmanager
-    def _counted(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Layers called inside know how many rows there are.   Raises ValueError when those are not the batch's."""
+    def _counted(self, kwargs: dict[str, Any], whole: bool = False) -> Iterator[None]:
+        """Layers called inside know how many rows there are.   Raises ValueError when those are not the batch's.
+
+        whole: it is the model's forward, whose rows never get fewer while `generate` runs, unless requests leave.
+        """
         turn = turn_of(self.tables)
         if turn is None or not isinstance(turn.batch, Batch) or not turn.batch.slots:
             yield
@@ -75,6 +87,13 @@ class Entry(Prompts):
         if rows % requests or (rows != requests and rows and not turn.generating):
             wanted = f"a multiple of the batch's {requests} requests" if turn.generating else f"the batch's {requests}"
             raise ValueError(f"input_ids: got {rows} rows, wanted {wanted}")
+        if whole and turn.generating:
+            if 0 < rows < turn.most:  # as Whisper's long form does; with beams what is left may be a multiple still
+                raise ValueError(
+                    f"input_ids: got {rows} rows after {turn.most} in one generate, wanted as many: requests have left "
+                    "the batch, and whose rows are left cannot be known; generate with one adapter at a time"
+                )
+            turn.most = max(turn.most, rows)
         with serving.again(turn, rows=rows):
             yield
 
@@ -86,8 +105,17 @@ class Entry(Prompts):
         rows, requests = _rows({"inputs": args[0], **kwargs} if args else kwargs), len(turn.batch.slots)
         if rows not in (0, requests):
             raise ValueError(f"inputs: got {rows} rows, wanted the batch's {requests}; generate makes the beams")
-        with serving.again(turn, generating=True):
+        with serving.again(turn, generating=True, most=0):
             return inner(*args, **kwargs)
+
+    def _refused(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        turn = turn_of(self.tables)
+        if turn is not None and turn.batch is not None:
+            raise RuntimeError(
+                f"{inner.__name__}: got a call inside of use or after prepare, and it batches its requests itself, in "
+                "another thread: whose rows they are cannot be known; wanted generate, or a loop of one's own"
+            )
+        return inner(*args, **kwargs)
 
 
 def _rows(kwargs: dict[str, Any]) -> int:

@@ -102,7 +102,11 @@ class Jobs:
         del self._jobs[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """What the job's optimizer is to train; the same objects until the job is removed.   Raises KeyError."""
+        """What the job's optimizer is to train; the same objects until the job is removed.   Raises KeyError.
+
+        Views of tensors that all jobs share: to give a job away take `state_dict` or `save`, for torch.save of these
+        would write the other jobs' factors too.
+        """
         self._find(name)
         return [p for layer in self.layers.values() for p in layer.job_parameters(name)]
 
@@ -116,7 +120,8 @@ class Jobs:
         inside at a time; in others the model is its base.
         Raises KeyError, TypeError, ValueError; RuntimeError for a second thread or task.
         """
-        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not all(name is None or isinstance(name, str) for name in names):
             raise TypeError(f"names: got {names!r}, wanted a list of names, one for each request")
         if len(names) == 0:
             raise ValueError("names: got none, wanted one for each request")
@@ -216,10 +221,14 @@ class Jobs:
 
 
 def _leads(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str]:
-    """JobLayer.leads of the layers that a run of the model without data calls; none where it cannot be run so."""
-    found: dict[str, str] = {}
+    """JobLayer.leads of all layers, of a run of the model without data; of none where it cannot be run so.
+
+    What a run on token ids does not call, as a tower for images, may begin with anything.
+    """
     requests, tokens = _IDS
-    for call in groups.trace(model, layers, ids=_IDS)[0]:
+    calls, failed = groups.trace(model, layers, ids=_IDS)
+    found = {} if failed else dict.fromkeys(layers.keys() - {call.name for call in calls}, "others")
+    for call in calls:
         first, *others = call.x.shape[:-1]
         here = "flat" if (first, others) == (requests * tokens, []) else "requests" if first == requests else "others"
         found[call.name] = max(found.get(call.name, here), here, key=("requests", "flat", "others").index)

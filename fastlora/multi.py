@@ -219,7 +219,7 @@ class Group:
         else:
             h = self.begin(x, batch, list(indices))
             try:
-                ys = [self.members[i].base_layer(x, *args, **kwargs) for i in indices]
+                ys = [self.members[i].base(x, *args, **kwargs) for i in indices]
             finally:
                 if h is not None:
                     ops.kernels.overlap.join(x)
@@ -309,6 +309,11 @@ class _Ready:
     ys: list[Tensor | None] = field(default_factory=list)
 
 
+def _in_backward() -> bool:
+    """Whether this thread runs autograd's backward."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class MultiLoRALinear(JobLayer):
     """A linear layer that adds each request's own adapter, y[i] = base(x)[i] + scaling·(x[i]·aᵀ·bᵀ + lora_bias).
 
@@ -321,17 +326,36 @@ class MultiLoRALinear(JobLayer):
     index: int = 0
     flat: bool = False
     """Whether an x of two dimensions is the batch, request by request."""
+    seen: bool = True
+    """Whether a run of the model on token ids calls it; what else calls it may begin with anything, as with images."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.jobs:
             return self.train_jobs(x, args, kwargs)
         turn = None if self.group is None else turn_of(self.group.tables)
         if self.group is None or turn is None or turn.batch is None:
+            if turn is None and self.group is not None and _in_backward() and any(self.group.tables.widest):
+                raise RuntimeError(
+                    "backward: got a layer that is computed again (gradient checkpointing) outside of use; call "
+                    "backward inside of it, where the forward was, also of the base alone: use([None, …])"
+                )
             y: Tensor = self.base_layer(x, *args, **kwargs)
             return y
-        if turn.rows and turn.batch.width:
-            self._check_rows(x, turn.rows)
+        if turn.batch.width:
+            if not self.seen and len(set(turn.batch.slots)) > 1:
+                raise ValueError(
+                    f"x: got shape {tuple(x.shape)} in a layer that a run of the model on token ids does not call, "
+                    "wanted one adapter for all requests: whose rows these are cannot be known; leave this layer out "
+                    "by target_modules"
+                )
+            if turn.rows:
+                self._check_rows(x, turn.rows)
         return self.group.run(self.index, x, turn.batch, args, kwargs)
+
+    def base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, to add to in place: a copy where a hook may have kept it."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y.clone() if self.base_layer._forward_hooks else y
 
     def _check_rows(self, x: Tensor, rows: int) -> None:
         """Raises ValueError unless x begins with the rows that the model was called with."""

@@ -204,6 +204,7 @@ class Prompts:
         output = type(output)(**fields)
         return output if (self.model.config.return_dict if as_dict is None else as_dict) else output.to_tuple()
 
+    @torch.compiler.disable  # a lock, and prefixes that other threads may be reading
     def _of(self, requests: Requests) -> list[Prefix | None]:
         """Each request's prefix, under its adapter in this thread's batch."""
         batch = multi.current()

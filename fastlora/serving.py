@@ -18,7 +18,8 @@ class Turn:
 
     tables: those of its bank; None for every bank's.   batch: None for the base alone.   prompts: the soft prompt of
     each request.   rows: the first dimension of what the model was called with; 0 where nobody has said.
-    generating: whether `generate` runs, which multiplies requests.   over: a task that was begun inside may outlive it.
+    generating: whether `generate` runs, which multiplies requests.   most: the most rows that it has run so far.
+    over: a task that was begun inside may outlive it.
     """
 
     tables: Any
@@ -26,6 +27,7 @@ class Turn:
     prompts: Any = None
     rows: int = 0
     generating: bool = False
+    most: int = 0
     over: bool = False
 
 
@@ -68,15 +70,31 @@ def current(tables: Any = None) -> Any:
 
 @contextlib.contextmanager
 def taking(turn: Turn) -> Iterator[None]:
-    """Layers called inside, in this task or thread, serve the turn, and afterwards what they did before."""
+    """Layers called inside, in this task or thread, serve the turn, and afterwards what they did before.
+
+    Raises RuntimeError where it ends as another than the innermost here: a generator that holds it was resumed beside
+    another's, or by another thread or task, and what ran since may have served somebody else's adapters.
+    """
     _count(turn.tables, 1)
     _turns.set((turn, *_turns.get()))
+    failed = True
     try:
         yield
+        failed = False
+    except GeneratorExit:
+        failed = False
+        raise
     finally:
         turn.over = True
         _count(turn.tables, -1)
-        _turns.set(tuple(other for other in _turns.get() if other is not turn))
+        turns = _turns.get()
+        _turns.set(tuple(other for other in turns if other is not turn))
+        if not failed and turns[:1] != (turn,):
+            raise RuntimeError(
+                "use: ended where another is the innermost, or none: a generator must not yield inside of it unless it "
+                "is run to its end in one thread or task, with no other use begun between; its last calls may have "
+                "served somebody else's adapters"
+            )
 
 
 def _count(tables: Any, one: int) -> None:

@@ -239,8 +239,8 @@ class JobLayer(nn.Module):
         if x.dim() > 1 and len(set(jobs)) == 1 and (requests == 1 or leads != "requests"):  # all of them one job's
             return jobs[:1]
         advice = "" if leads in ("requests", "flat") else (
-            "; these may be tokens first, or tokens that a router picked: leave the layer out by target_modules, or "
-            "give a batch to one job"
+            "; these may be tokens first, images, or tokens that a router picked: leave the layer out by "
+            "target_modules, or give a batch to one job"
         )  # fmt: skip
         raise ValueError(
             f"x: got shape {tuple(x.shape)} in layer {self.place or 'MultiLoRALinear'}, wanted the batch's {requests} "

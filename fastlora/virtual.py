@@ -129,6 +129,7 @@ def behind(padding: Tensor, tokens: int, columns: int) -> Tensor:
     return torch.where((column >= padding) & (column < padding + tokens), column - padding, rest)
 
 
+@torch.compiler.disable  # once a batch, and Dynamo cannot hold a Prefix
 def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, config: Any) -> Any:
     """The empty cache, or a new one, filled with the rows' prefixes, each ending at the column `longest`."""
     distinct = list({id(prefix): prefix for prefix in prefixes if prefix is not None}.values())

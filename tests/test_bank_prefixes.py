@@ -7,8 +7,8 @@ from typing import Any
 from banked import bank_of, model_of, prompter, take, tenant
 from models import logits
 from peft import PeftModel
-from tolerance import assert_same
-from torch import Tensor, arange, nn
+from tolerance import assert_same, relative_error
+from torch import Tensor, arange, compile, nn, no_grad
 
 from fastlora import AdapterBank
 
@@ -64,3 +64,16 @@ def test_prefixes_of_replaced_adapters_do_not_stay(base: nn.Module) -> None:
     take(bank, "q", prompter(base, 2))
     answer(bank, "other", "q")
     assert (prompt, loads[-1]) not in kept(bank)
+
+
+def test_a_compiled_model_reads_prompts(base: nn.Module) -> None:
+    """Prefixes are looked up and laid into the cache by Python, between what is compiled."""
+    bank = bank_of(base)
+    take(bank, "a", tenant(base, r=4))
+    take(bank, "p", prompter(base, 3))
+    inputs = {"input_ids": arange(3, 13).view(2, 5)}
+    with bank.use(["a", None], ["p", "p"]), no_grad():
+        expected = logits(model_of(bank), inputs)
+        compiled = compile(model_of(bank), backend="eager")
+        for _ in range(2):
+            assert relative_error(compiled(**inputs).logits, expected.double()) < 1e-5

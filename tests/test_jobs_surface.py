@@ -211,6 +211,8 @@ def test_saved_for_backward(llama: Any) -> None:
 BAD: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
     "a mistyped name": (KeyError, "job 'z': not added", lambda crew: crew.use(["a", "z"]).__enter__()),
     "a name for a list": (TypeError, "names: got 'a', wanted a list", lambda crew: crew.use("a").__enter__()),
+    "a set of names": (TypeError, "names: got {.*}, wanted a list", lambda crew: crew.use({"a"}).__enter__()),
+    "no list at all": (TypeError, "names: got 5, wanted a list", lambda crew: crew.use(5).__enter__()),
     "no names": (ValueError, "names: got none", lambda crew: crew.use([]).__enter__()),
     "a name twice": (ValueError, "name: got 'a', which is a job already", lambda crew: crew.add("a")),
     "a dotted name": (ValueError, "name: got 'x.y', wanted a name without a dot", lambda crew: crew.add("x.y")),

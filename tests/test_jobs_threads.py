@@ -139,11 +139,12 @@ def test_an_inner_use_takes_its_place_until_it_ends(crew: Crewed) -> None:
     crew.assert_outside()
 
 
-def test_uses_that_end_in_another_order_leave_nothing_behind(crew: Crewed) -> None:
+def test_uses_that_end_in_another_order_say_so_and_leave_nothing_behind(crew: Crewed) -> None:
     outer, inner = crew.jobs.use(["a"] * 4), crew.jobs.use(["b"] * 4)
     outer.__enter__()
     inner.__enter__()
-    outer.__exit__(None, None, None)
+    with pytest.raises(RuntimeError, match="use: ended where another is the innermost"):
+        outer.__exit__(None, None, None)
     assert_same(crew.model(crew.x), crew.alone["b"])
     inner.__exit__(None, None, None)
     crew.assert_outside()
