@@ -212,6 +212,15 @@ class Unwritten(TorchDispatchMode):
         return copy
 
 
+class _Experts(TorchDispatchMode):
+    """Inside, experts' grouped product has its shape in every dtype, where torch's rule for it knows bf16 alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
+            return args[0].new_empty(len(args[0]), args[1].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
 def _storage(t: Tensor) -> int:
     """What tells tensors that share memory."""
     try:
@@ -237,6 +246,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
             torch.no_grad(),
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
             Unwritten(),  # arithmetic of a buffer and a number runs on the buffer itself, and so do versions
+            _Experts(),
             torch.compiler.set_stance("force_eager"),
         ):
             # of a tensor with storage, a change in place would not be seen; ids keep theirs: models look at them

@@ -13,7 +13,7 @@ from models import base_model, logits
 from peft import PeftModel
 from tolerance import assert_same, relative_error
 from torch import Tensor, nn
-from transformers import XLNetConfig, XLNetLMHeadModel
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, XLNetConfig, XLNetLMHeadModel
 
 from fastlora import AdapterBank, MultiLoRALinear, groups, serving
 
@@ -195,6 +195,28 @@ def test_layers_that_take_the_batch_in_one_dimension_are_served(base: nn.Module,
     bank = bank_with(flattened, tenants)
     with bank.use(["a", None]):
         assert relative_error(logits(model_of(bank), IDS), expected.double()) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_experts_of_any_dtype_can_be_looked_at(dtype: torch.dtype) -> None:
+    """Experts are beside, their shared one takes tokens in one dimension; torch tells a grouped product's shape in bf16
+    alone, and without a run of the model nobody's rows are known."""
+    config = Qwen2MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, moe_intermediate_size=32, shared_expert_intermediate_size=48, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    base = Qwen2MoeForCausalLM(config).eval().to(dtype)
+    bank = AdapterBank(copy.deepcopy(base))
+    assert sorted(len(group.members) for group in bank._attached.groups) == [1] * 6 + [2] * 2 + [3] * 2
+    if dtype is torch.float32:
+        models = [tenant(base, r=4, target_modules=["q_proj", "down_proj"]) for _ in range(2)]
+        for name, model in zip("ab", models, strict=True):
+            take(bank, name, model)
+        with bank.use(["a", "b"]):
+            mixed = logits(model_of(bank), IDS)
+        for row, model in enumerate(models):
+            assert_served(mixed[row : row + 1], model, {"input_ids": IDS["input_ids"][row : row + 1]})
 
 
 def test_the_base_alone_compiles_to_one_graph(base: nn.Module, tenants: dict[str, PeftModel]) -> None:
