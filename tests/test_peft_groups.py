@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from typing import Any
 
@@ -119,6 +120,17 @@ def test_what_cannot_be_traced_says_so_and_runs() -> None:
         for name, value in outcome(model, x).items():
             torch.testing.assert_close(value, expected[name])
     assert calls.call_count == 0
+
+
+def test_torch_is_silent_about_what_cannot_be_traced(caplog: pytest.LogCaptureFixture) -> None:
+    """Of experts in fp32, which tensors without storage cannot multiply, torch prints tracebacks."""
+    x = torch.randn(2, K)
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    model = between(lambda model, x: x + torch.nn.functional.grouped_mm(x, torch.ones(2, K, K), offs=ends))
+    outcome(model, x)
+    assert "BF16" in str(fastlora.patch(model).ungrouped)
+    assert [record for record in caplog.records if record.name.startswith("torch")] == []
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 def test_inputs_of_the_users_own() -> None:
