@@ -175,8 +175,8 @@ def test_patch_leaves_the_model_as_it_was() -> None:
     assert model.base_model.model.that.lora_A.default.weight.grad.eq(1).all()
     for report in (fastlora.patch(model), fastlora.patch(model)):
         assert report.groups == fastlora.patch(model).groups
-    hooks = [key for module in model.modules() for key in module._forward_hooks]
-    assert len(hooks) == 2, "patching again piles up hooks"
+    hooks = [key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)]
+    assert len(hooks) == 3, "patching again piles up hooks"
     fastlora.unpatch(model)
     assert list(model.modules()) == modules
     for module, attributes in zip(modules, before, strict=True):
@@ -184,6 +184,7 @@ def test_patch_leaves_the_model_as_it_was() -> None:
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert [key for module in model.modules() for key in module._forward_hooks_always_called] == []
     assert len([key for module in model.modules() for key in module._forward_hooks]) == len(called) + 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 class Stats:
