@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 log = logging.getLogger("fastlora")
+_TORCHS_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Of an op that a tensor without storage cannot run (fp32 experts on a CPU) it prints a traceback of 20 lines."""
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 _NESTED = 2
@@ -240,7 +242,8 @@ def _out_features(layer: nn.Module) -> Any:
 
 
 def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Run the model once on tensors without storage, uncompiled.   Returns why that failed."""
+    """Run the model once on tensors without storage, uncompiled.   Returns why that failed, and says it alone."""
+    told, _TORCHS_LOG.disabled = _TORCHS_LOG.disabled, True
     try:
         with (
             torch.no_grad(),
@@ -253,6 +256,8 @@ def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
             model(**tree_map_only(Tensor, lambda t: mode.from_tensor(t) if t.is_floating_point() else t, inputs))
     except Exception as error:  # a model may do anything with a tensor that has no data
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    finally:
+        _TORCHS_LOG.disabled = told
     return None
 
 

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -145,8 +145,12 @@ def _run(unit: _Unit, M: int) -> None:
 
 
 def _forward(unit: _Unit, x: Tensor) -> list[Tensor]:
-    """By `forward` itself: hooks that a user set are not for noise."""
-    return [layer.forward(x) for layer in unit.layers]
+    """By `forward` itself: hooks that a user set are not for noise. Siblings run as their caller would have them."""
+    with ExitStack() as stack:
+        for siblings in {getattr(module, "_siblings", None) for layer in unit.layers for module in layer.modules()}:
+            if siblings is not None:
+                stack.enter_context(siblings.called())
+        return [layer.forward(x) for layer in unit.layers]
 
 
 def _step(unit: _Unit, x: Tensor, trained: list[nn.Parameter]) -> None:

@@ -59,7 +59,7 @@ def found(model: nn.Module, **options: Any) -> set[str]:
 
 
 def nothing_left() -> bool:
-    return siblings._here.left is None and siblings._traced.left is None
+    return siblings._here.left is None and siblings._traced.left is None and siblings._here.callers == []
 
 
 def outcome(model: nn.Module, x: Tensor) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from tolerance import assert_same
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fastlora import LoRALinear
 from fastlora.eager import base
 from fastlora.functional import draw_seed, lora_linear
 
@@ -109,3 +110,15 @@ def test_a_second_derivative_raises_and_autocast_in_backward_changes_nothing() -
     (dx,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("M", [2, 512])
+def test_a_trace_writes_the_op_down(M: int) -> None:
+    """Of an autograd rule torch.jit.trace would make a call into Python, or with few rows a crash."""
+    layer, x = LoRALinear(512, 8), torch.randn(M, 512)
+    torch.nn.init.normal_(layer.lora_B.weight)
+    traced = torch.jit.trace(layer, torch.randn(M, 512))
+    assert "fastlora::lora_linear" in str(traced.graph)
+    assert_same(traced(x), layer(x))
+    traced(x).sum().backward()
+    assert layer.lora_A.weight.grad is not None

@@ -278,6 +278,17 @@ def test_a_kept_graph_gives_its_gradients_twice(backend: str) -> None:
         assert_same(left, right)
 
 
+@pytest.mark.parametrize("ps", [NO_DROPOUT, PS])
+@pytest.mark.parametrize("activation", ACTS)
+def test_many_gradients_at_once(activation: str, ps: tuple[float, ...]) -> None:
+    """As a vectorised jacobian asks for them: one backward, whose dy stands for all."""
+    t = doubled(make(*MIXES["fp32"], sizes=BIG))
+    y, dys = ours(t, activation, ps, "torch"), torch.stack([grad_for(t) for _ in range(3)])
+    one = [torch.autograd.grad(y, t["x"], dy, retain_graph=True)[0] for dy in dys]
+    (there,) = torch.autograd.grad(y, t["x"], dys, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(there, torch.stack(one))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_second_derivative_raises(backend: str) -> None:
     t = make(*MIXES["fp32"])

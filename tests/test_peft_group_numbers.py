@@ -171,7 +171,7 @@ def test_merging_for_good_leaves_nothing_of_ours() -> None:
     model, inputs = peft_model(), batch()
     fastlora.patch(model)
     merged = model.merge_and_unload()
-    assert not any(module._forward_hooks for module in merged.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in merged.modules())
     assert not any("_siblings" in vars(module) for module in merged.modules())
     merged(**inputs)
 

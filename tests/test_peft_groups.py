@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 from typing import Any
 
@@ -121,6 +122,17 @@ def test_what_cannot_be_traced_says_so_and_runs() -> None:
     assert calls.call_count == 0
 
 
+def test_torch_is_silent_about_what_cannot_be_traced(caplog: pytest.LogCaptureFixture) -> None:
+    """Of experts in fp32, which tensors without storage cannot multiply, torch prints tracebacks."""
+    x = torch.randn(2, K)
+    ends = torch.tensor([1, 2], dtype=torch.int32)
+    model = between(lambda model, x: x + torch.nn.functional.grouped_mm(x, torch.ones(2, K, K), offs=ends))
+    outcome(model, x)
+    assert "BF16" in str(fastlora.patch(model).ungrouped)
+    assert [record for record in caplog.records if record.name.startswith("torch")] == []
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
 def test_inputs_of_the_users_own() -> None:
     class Pair(Three):
         def forward(self, x: Tensor, shift: Tensor) -> Tensor:
@@ -163,8 +175,8 @@ def test_patch_leaves_the_model_as_it_was() -> None:
     assert model.base_model.model.that.lora_A.default.weight.grad.eq(1).all()
     for report in (fastlora.patch(model), fastlora.patch(model)):
         assert report.groups == fastlora.patch(model).groups
-    hooks = [key for module in model.modules() for key in module._forward_hooks]
-    assert len(hooks) == 2, "patching again piles up hooks"
+    hooks = [key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)]
+    assert len(hooks) == 3, "patching again piles up hooks"
     fastlora.unpatch(model)
     assert list(model.modules()) == modules
     for module, attributes in zip(modules, before, strict=True):
@@ -172,6 +184,7 @@ def test_patch_leaves_the_model_as_it_was() -> None:
         assert all(vars(module)[name] is value for name, value in attributes.items())
     assert [key for module in model.modules() for key in module._forward_hooks_always_called] == []
     assert len([key for module in model.modules() for key in module._forward_hooks]) == len(called) + 1
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 class Stats:

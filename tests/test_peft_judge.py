@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import fastlora
 from fastlora.peft import judge as judging
@@ -88,3 +90,52 @@ def test_what_is_not_usual_is_left_to_the_judge(monkeypatch: pytest.MonkeyPatch)
     layer.merge()
     short, long = judged(layer, x, monkeypatch)
     assert short is None and "merged" in long
+
+
+def doubled(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+    old = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: 2 * old(*args, **kwargs))
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        return 2 * out if func is functional.linear else out
+
+
+@pytest.mark.parametrize("owner, name", judging.PASSED_OVER)
+def test_what_others_put_in_place_of_a_function_is_called(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = layer_of(lora_dropout=0.5), torch.randn(3, 8)
+    with monkeypatch.context() as patched:
+        doubled(patched, owner, name)
+        short, long = judged(layer, x, monkeypatch)
+        assert short is None and f"{owner.__name__}.{name} was replaced" in long
+        torch.manual_seed(0)
+        actual = layer(x)
+        torch.manual_seed(0)
+        assert torch.equal(actual, super(type(layer), layer).forward(x))
+    assert judged(layer, x, monkeypatch)[0] is not None
+
+
+def test_a_function_mode_sees_the_functions_and_a_default_device_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, x = layer_of(), torch.randn(3, 8)
+    expected = layer(x)
+    with torch.device("cpu"):
+        assert judged(layer, x, monkeypatch)[0] is not None
+        with Doubling():
+            short, long = judged(layer, x, monkeypatch)
+            assert short is None and "Doubling" in long
+            assert not torch.allclose(layer(x), expected)
+
+
+def test_a_function_that_is_replaced_later_is_seen_by_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(), torch.randn(3, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    doubled(monkeypatch, nn.Linear, "forward")
+    torch.testing.assert_close(compiled(x), layer(x))

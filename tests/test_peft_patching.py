@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import pickle
 from collections.abc import Callable, Iterator
@@ -187,3 +188,15 @@ def test_t5_reads_the_dtype_of_a_patched_layer() -> None:
     ours, _ = copies(peft_model("t5").to(torch.bfloat16))
     out = logits(ours, batch("t5"))
     assert out.dtype == torch.bfloat16
+
+
+def test_a_forward_that_somebody_kept_outlives_unpatch() -> None:
+    """accelerate and hand-written checkpoints put a function around the bound method, which is ours."""
+    model, inputs = peft_model(), batch()
+    expected = logits(copy.deepcopy(model), inputs)
+    fastlora.patch(model)
+    block = model.base_model.model.model.layers[0]
+    for module in (block.mlp, block.self_attn.q_proj, block.mlp.up_proj):
+        module.forward = functools.partial(module.forward)
+    fastlora.unpatch(model)
+    assert_same(logits(model, inputs), expected)

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.nn.functional import linear
 
 WIDE_ROWS = 16
@@ -40,6 +41,11 @@ def has_matmul(dtype: torch.dtype) -> bool:
 def native(t: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products of dtype, t's unless given, run in it at their speed where t is; a GPU's do."""
     return has_matmul(dtype or t.dtype) or not t.is_cpu
+
+
+def batched(t: Tensor) -> bool:
+    """Whether t stands for many, as dy does under is_grads_batched: one tensor's place has no room for them."""
+    return is_legacy_batchedtensor(t) or is_batchedtensor(t)
 
 
 def _bands(w: Tensor) -> list[slice]:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
+from fastlora.eager.base import batched
 
 TABLE = 2**18
 """Elements of one hash: 4 MiB of tables. A mask of [512, 1024] laid on x takes 83 µs, 105 with 2¹⁷ elements at a time,
 154 where the gaps between dropped elements are drawn at p = 0.1 (108 at 0.05); `F.dropout` takes 2300."""
 
 _select = torch.ops.aten.threshold_backward.default
-_select_into = torch.ops.aten.threshold_backward.grad_input
 """0 where lanes ≤ bound, of inf and NaN too, else x; one pass, with a cast on either side where x has 16 bits."""
 
 _NEGATIVE = 0x7F800001
@@ -55,7 +55,14 @@ def kept(x: Tensor, lanes: Tensor, p: float, dtype: torch.dtype) -> Tensor:
     """x in dtype without what is dropped, a tensor of its own."""
     if dtype is lanes.dtype and x.dtype.itemsize <= dtype.itemsize:
         return _select(x, lanes, _bound(p)[0])
-    return _select_into(x, lanes, _bound(p)[0], grad_input=torch.empty_like(x, dtype=dtype))
+    return _select_into(x, lanes, _bound(p)[0], torch.empty_like(x, dtype=dtype))
+
+
+def _select_into(x: Tensor, lanes: Tensor, bound: float, out: Tensor) -> Tensor:
+    """_select(x) in out, which may be x."""
+    if batched(x):
+        return out.copy_(x).masked_fill_(lanes <= bound, 0)
+    return torch.ops.aten.threshold_backward.grad_input(x, lanes, bound, grad_input=out)
 
 
 def _drop_into(out: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -66,7 +73,7 @@ def _drop_into(out: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
     for start in range(0, M, step):
         rows = slice(start, min(start + step, M))
         number = seed if start == 0 else _mixed(int(seed) + start)
-        _select_into(x[rows], lanes(number, rows.stop - start, K, p), _bound(p)[0], grad_input=out[rows])
+        _select_into(x[rows], lanes(number, rows.stop - start, K, p), _bound(p)[0], out[rows])
     return out
 
 

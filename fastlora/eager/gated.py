@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, relu, silu
 
-from fastlora.eager.base import project, pull_back
+from fastlora.eager.base import batched, project, pull_back
 from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.linear import lora_backward, lora_linear
 from fastlora.eager.thin import wide_dtype
@@ -115,8 +115,11 @@ def lora_gated_backward(
     das: list[Tensor | None] = [None, None]
     dbs: list[Tensor | None] = [None, None]
     if before and dz is not None and gate is not None and g is not None and u is not None:
-        du = gate.mul_(dz)
-        dg = activate_backward_(dz.mul_(u), g, activation)
+        if batched(dz):
+            du, dg = gate * dz, dz.mul_(u).mul_(activate_backward_(torch.ones_like(g), g, activation))
+        else:
+            du = gate.mul_(dz)
+            dg = activate_backward_(dz.mul_(u), g, activation)
         dx, das, dbs = lora_group_backward(
             [dg, du], x, ws[:2], as_[:2], bs[:2], h, None if seeds is None else seeds[:2], scales[:2], ps[:2],
             want_dx, want_das[:2], want_dbs[:2],

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora import dispatch, ops
 from fastlora.checks import check_gated
 from fastlora.functional.group import apart, together
-from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows
+from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows, traced
 from fastlora.reference import Projection
 
 _LISTS = 5
@@ -163,7 +163,7 @@ def lora_gated_mlp(
             tensors.append(absent if t is None else t)
     seeds = draw_seed(x, 3) if any(ps) else None
     lists = (weights, biases, as_, bs, tails)
-    if torch.compiler.is_compiling():
+    if traced():
         y: Tensor = torch.ops.fastlora.lora_gated(x, *lists, seeds, scales, ps, activation, where)[0]
         return y
     flat = [t for tensors in lists for t in tensors]

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from fastlora import dispatch, ops
 from fastlora.checks import check_group
 from fastlora.functional.linear import lora_linear
-from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows
+from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows, traced
 
 _LISTS = 5
 """Lists among the op's inputs, with an entry a member each: ws, biases, as, bs, lora_biases."""
@@ -174,7 +174,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """The op through its cheapest face: traced, inside autograd, or bare."""
     inputs = (x, *lists, seeds, scales, ps, backend)
-    if torch.compiler.is_compiling():
+    if traced():
         return tuple(torch.ops.fastlora.lora_group(*inputs)[0])
     flat = [t for tensors in lists for t in tensors]
     if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in flat)):

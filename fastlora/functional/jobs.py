@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 
 from fastlora import dispatch, ops
 from fastlora.checks import check_jobs
-from fastlora.functional.rules import draw_seed, face, no_second_derivative, opaque, standalone
+from fastlora.functional.rules import draw_seed, face, no_second_derivative, opaque, standalone, traced
 
 _LISTS = 3
 """Lists among the ops' inputs, with an entry a job each: as, bs, lora_biases."""
@@ -153,7 +153,7 @@ def _run(
 ) -> Tensor:
     """The op through its cheapest face: traced, inside autograd, or bare."""
     flat = [t for tensors in lists for t in tensors]
-    if torch.compiler.is_compiling():
+    if traced():
         return getattr(torch.ops.fastlora, name)(*head, *lists, *plain)[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*head, *flat)):
         return rule.apply(*head, plain, *flat)

@@ -21,6 +21,7 @@ from fastlora.functional.rules import (
     opaque,
     standalone,
     sum_rows,
+    traced,
 )
 
 
@@ -160,7 +161,7 @@ torch.library.register_autograd("fastlora::lora_backward", no_second_derivative)
 
 def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tuple[Any, ...] = ()) -> Tensor:
     """The op through its cheapest face: traced, inside autograd, or bare.   own: what its rule takes beside inputs."""
-    if torch.compiler.is_compiling():
+    if traced():
         return getattr(torch.ops.fastlora, name)(*inputs)[0]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
         return rule.apply(*inputs, *own)
@@ -171,7 +172,7 @@ def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None) ->
     """Whether `_FewRows` may take a layer on the torch backend: nobody trains its base, or watches its ops."""
     return (
         ops.few.applies(x, x.numel())
-        and not torch.compiler.is_compiling()
+        and not traced()
         and not is_in_torch_dispatch_mode()
         and not (
             w.requires_grad

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import ops
@@ -26,6 +27,11 @@ def opaque(x: Tensor) -> bool:
     derivative is asked for.
     """
     return torch.is_grad_enabled() or x.is_meta or is_in_torch_dispatch_mode() or type(x) not in _PLAIN
+
+
+def traced() -> bool:
+    """Whether a compiler or torch.jit.trace writes down what is called: an op is, and not what a rule runs."""
+    return torch.compiler.is_compiling() or _is_tracing()
 
 
 def face(name: str, x: Tensor) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 from fastlora.modules import own
-from fastlora.peft.judge import LIBRARY, autocast_of, judge_call, path_of
+from fastlora.peft.judge import LIBRARY, PASSED_OVER, autocast_of, judge_call, path_of
 from fastlora.peft.siblings import Siblings
 
 
@@ -34,6 +34,8 @@ class _Fused(nn.Module):
 
         x: [..., K].   Returns y: [..., N], rounded once, to the base output's dtype.
         """
+        if not isinstance(self, _Fused):  # unpatched, and somebody kept this method of it
+            return type(self).forward(self, x, *args, **kwargs)
         if env.disable or self._disable_adapters:
             return super().forward(x, *args, **kwargs)
         plan = judge_call(self, x, args, kwargs)
@@ -100,6 +102,7 @@ if is_bnb_available():
         """Linear8bitLt, split: bitsandbytes' kernel, then the low-rank term."""
 
     LIBRARY |= dict.fromkeys((Linear8bitLt, FusedLinear8bitLt), "bitsandbytes")
+    PASSED_OVER[Linear8bitLt, "forward"] = Linear8bitLt.forward
 
 if is_bnb_4bit_available():
     from peft.tuners.lora.bnb import Linear4bit
@@ -108,6 +111,7 @@ if is_bnb_4bit_available():
         """Linear4bit, split: bitsandbytes' kernel, then the low-rank term."""
 
     LIBRARY |= dict.fromkeys((Linear4bit, FusedLinear4bit), "bitsandbytes")
+    PASSED_OVER[Linear4bit, "forward"] = Linear4bit.forward
 
 FUSED: dict[type, type] = {fused.__bases__[1]: fused for fused in _Fused.__subclasses__()}
 PEFT: dict[type, type] = {fused: original for original, fused in FUSED.items()}

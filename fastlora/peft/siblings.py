@@ -2,14 +2,16 @@
 
 What it leaves for its siblings is kept by the tensor's identity and version, for this thread alone, and only until the
 last of them has come: a call with anything else drops it, and so does the end of their parent's forward, by return, by
-an exception, or by a checkpoint that stops its recomputation early.
+an exception, or by a checkpoint that stops its recomputation early. Outside of that forward, which alone can tell when
+nobody comes any more, and in a checkpoint of a part of it, which is recomputed outside, layers run one by one.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,17 +29,11 @@ class _Left:
     """ys: by member, None once it was fetched.   keys: what each member would have run."""
 
     siblings: Siblings
-    x: Tensor | None
+    x: Tensor
     version: int | None
     modes: tuple[Any, ...]
     keys: list[Any]
     ys: list[Tensor | None]
-
-    def drop(self) -> None:
-        """Leave nothing; in the slot neither, where this is its thread."""
-        self.x, self.version, self.ys = None, None, []
-        if _here.left is self:
-            _here.left = None
 
 
 class _Slot:
@@ -48,7 +44,11 @@ class _Slot:
 
 
 class _ThreadSlot(_Slot, threading.local):
-    pass
+    """callers: what `_saving` gave at the start of each caller's forward that is running, the innermost last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.callers: list[Any] = []
 
 
 _here = _ThreadSlot()
@@ -60,12 +60,24 @@ def _slot() -> _Slot:
     return _traced if torch.compiler.is_compiling() else _here
 
 
-def forget(module: nn.Module, args: Any, output: Any) -> None:
+def _saving() -> tuple[Any, ...]:
+    """Whether tensors are kept for backward, and by which hooks: those of a checkpoint are its own."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def enter(caller: Any, args: Any) -> None:
+    """A hook on who calls the siblings: from here on `forget` will come."""
+    if not torch.compiler.is_compiling():
+        _here.callers.append(_saving())
+
+
+def forget(caller: Any, args: Any, output: Any) -> None:
     """A hook on who calls the siblings: what nobody fetched is dropped when its forward ends, however it ends."""
     if _traced.left is not None:  # which a graph that ends between siblings leaves to those who run it
         _traced.left = None
     if not torch.compiler.is_compiling():
         _here.left = None
+        del _here.callers[-1:]
 
 
 @torch._dynamo.assume_constant_result
@@ -137,10 +149,19 @@ class Siblings:
     def __setstate__(self, layers: list[Any]) -> None:
         self.layers = [_gone if layer is None else weakref.ref(layer) for layer in layers]
 
+    @contextmanager
+    def called(self) -> Iterator[None]:
+        """Inside, they run as in their caller's forward."""
+        enter(self, ())
+        try:
+            yield
+        finally:
+            forget(self, (), None)
+
     def run(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
         """The layer's output, its own or what a sibling left; None where it runs by itself."""
         compiling = torch.compiler.is_compiling()
-        if compiling and _opaque_to_the_compiler():
+        if _opaque_to_the_compiler() if compiling else _here.callers[-1:] != [_saving()]:
             return None
         slot = _slot()
         left = slot.left
@@ -160,9 +181,7 @@ class Siblings:
         ys: list[Tensor | None] = list(_compute(x, plans))
         y, ys[index] = ys[index], None
         version = _version_in_trace() if compiling else x._version
-        slot.left = left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
-        if not compiling and torch._C._current_graph_task_id() >= 0:  # recomputed: the siblings' caller may not end
-            torch.autograd.Variable._execution_engine.queue_callback(left.drop)
+        slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
         return y
 
     def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
@@ -194,7 +213,7 @@ class Siblings:
         plans = self.plans(index, x, plan)
         if isinstance(plans, str):
             return f"apart from {others}: {plans}"
-        return f"one group with {others}; one by one in a compiled checkpoint"
+        return f"one group with {others}; one by one outside of their caller's forward, or in a compiled checkpoint"
 
 
 def _compute(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
@@ -217,8 +236,12 @@ def _compute(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
 def join(model: nn.Module, names: Sequence[str], layers: dict[str, Any]) -> None:
     """Make siblings of the named layers, and let the module that calls them forget what nobody fetched."""
     siblings = Siblings([layers[name] for name in names])
-    handle = owner(model, names)[0].register_forward_hook(forget, always_call=True)
-    weakref.finalize(siblings, handle.remove)  # merge_and_unload leaves no layer of ours
+    caller = owner(model, names)[0]
+    for handle in (
+        caller.register_forward_pre_hook(enter, prepend=True),
+        caller.register_forward_hook(forget, always_call=True),
+    ):
+        weakref.finalize(siblings, handle.remove)  # merge_and_unload leaves no layer of ours
 
 
 def part(model: nn.Module) -> None:
@@ -226,6 +249,8 @@ def part(model: nn.Module) -> None:
     for module in model.modules():
         for name in ("_siblings", "_index"):
             module.__dict__.pop(name, None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is enter]:
+            del module._forward_pre_hooks[key]
         for key in [key for key, hook in module._forward_hooks.items() if hook is forget]:
             del module._forward_hooks[key]
             module._forward_hooks_always_called.pop(key, None)
