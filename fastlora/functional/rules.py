@@ -30,7 +30,10 @@ def opaque(x: Tensor) -> bool:
 
 
 def traced() -> bool:
-    """Whether a compiler or torch.jit.trace writes down what is called: an op is, and not what a rule runs."""
+    """Whether a compiler or torch.jit.trace writes down what is called: an op is, and not what a rule runs.
+
+    Also without gradients: torch.jit.trace checks a trace by another one without them. Its file needs fastlora.
+    """
     return torch.compiler.is_compiling() or _is_tracing()
 
 
