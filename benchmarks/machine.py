@@ -81,8 +81,17 @@ class Machine:
             "commit": _git("rev-parse", "HEAD"),
             "dirty": bool(_git("status", "--porcelain")),
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "command": " ".join(["python -m benchmarks", *arguments]),
+            "command": " ".join(["python -m benchmarks", *_elsewhere(arguments)]),
         }
+
+
+def _elsewhere(arguments: Sequence[str]) -> list[str]:
+    """What to type on another machine: without the folder that the results went to on this one."""
+    kept = [argument for argument in arguments if not argument.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
 
 
 def name_of(device: torch.device) -> str:

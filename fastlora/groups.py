@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 log = logging.getLogger("fastlora")
 _TORCHS_LOG = logging.getLogger("torch._subclasses.fake_tensor")
-"""Of an op that a tensor without storage cannot run (fp32 experts on a CPU) it prints a traceback of 20 lines."""
+"""Of an op that a tensor without storage cannot run it prints a traceback of 20 lines."""
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, deque, set)
 _NESTED = 2

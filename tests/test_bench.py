@@ -79,6 +79,7 @@ def test_the_files_are_the_contract(tmp_path: Path) -> None:
     assert {"device", "driver", "threads", "ceilings", "versions", "commit", "dirty", "date", "command"} <= set(stamp)
     assert stamp["versions"]["torch"] == torch.__version__
     assert stamp["command"].startswith("python -m benchmarks linear --impl fastlora")
+    assert str(tmp_path) not in json.dumps(held), "a path of one machine"
 
 
 def test_a_shape_by_name_and_the_front_door(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_cannot_be_traced_says_so_and_runs() -> None:
 
 
 def test_torch_is_silent_about_what_cannot_be_traced(caplog: pytest.LogCaptureFixture) -> None:
-    """Of experts in fp32, which tensors without storage cannot multiply, torch prints tracebacks."""
+    """Of what tensors without storage cannot multiply, as grouped batches in fp32, torch prints tracebacks."""
     x = torch.randn(2, K)
     ends = torch.tensor([1, 2], dtype=torch.int32)
     model = between(lambda model, x: x + torch.nn.functional.grouped_mm(x, torch.ones(2, K, K), offs=ends))
