@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastlora import LoRALinear
-from fastlora.eager import base
+from fastlora.eager import base, drop, few
 from fastlora.functional import draw_seed, lora_linear
+from fastlora.reference import dropout_scale
 
 MIXES = {
     "fp32": (torch.float32, torch.float32),
@@ -67,6 +68,33 @@ def test_a_training_step_makes_few_calls(mix: str, M: int, monkeypatch: pytest.M
     assert sum(calls(lambda: step(t, 0.1)).values()) <= 8 + 1 + 3 + 6 * mixed + dropped
     with torch.no_grad():
         assert sum(calls(lambda: lora_linear(t["x"], t["w"], None, t["a"], t["b"], 2.0)).values()) <= 4 + 3 * mixed
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("M", "K", "R", "wide"),
+    [(1, 1024, 16, True), (16, 1024, 16, True), (1, 32, 16, False), (64, 1024, 16, False), (4, 1024, 64, False)],
+    ids=["a row", "sixteen", "a few products", "many rows", "a large factor"],
+)
+def test_16_bits_run_in_fp32_where_their_call_costs_more(
+    M: int, K: int, R: int, wide: bool, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then nothing between is rounded to 16 bits, and each gradient once; as they are, h and dh are rounded too."""
+    monkeypatch.setattr(base, "has_matmul", lambda dtype: True)
+    t = operands("bf16", M, K, 32, R)
+    seed = torch.tensor(3) if p else None
+    mask = 1.0 if seed is None else drop(torch.ones(M, K), seed, p, torch.float64) * dropout_scale(p)
+    x, a, b, dy = (t[name].detach().double() for name in ("x", "a", "b", "dy"))
+    with torch.no_grad():
+        h = few.forward(t["x"], t["w"], None, t["a"], t["b"], None, seed, 2.0, p)[1]
+        da, db = few.backward(
+            t["dy"], t["x"], None, t["a"], t["b"], h, seed, 2.0, p, want_dx=False, want_da=True, want_db=True
+        )[1:]
+    dh = 2.0 * dy @ b
+    for got, exact in ((da, dh.t() @ (x * mask)), (db, 2.0 * dy.t() @ ((x * mask) @ a.t()))):
+        same = float((got == exact.to(torch.bfloat16)).double().mean())
+        assert same > 0.99 if wide else same < 0.9
+    assert h.dtype is (torch.float32 if wide else torch.bfloat16)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

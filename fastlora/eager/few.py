@@ -1,7 +1,7 @@
 """One layer on so few elements that a call into torch (1 to 3 µs) costs more than its arithmetic: the fewest calls.
 
-Products with the adapter run in the operands' dtype where they and a matmul have it, else in fp32. h has that dtype,
-and is not yet divided by 1−p: every product of it brings that along in its scale.
+Products with the adapter run in the operands' dtype where all have it and it is no slower, else in fp32. h has that
+dtype, and is not yet divided by 1−p: every product of it brings that along in its scale.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from fastlora.eager.base import native, project, pull_back
 from fastlora.eager.dropout import kept, lanes
-from fastlora.eager.thin import wide_dtype
+from fastlora.eager.thin import dear, wide_dtype
 from fastlora.reference import dropout_scale
 
 FEW_INPUTS = 2**17
@@ -123,7 +123,10 @@ def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether products of rows, x or dy, with the adapter run in the dtype of all three."""
     if not rows.dtype is a.dtype is b.dtype:
         return False
-    return native(rows) or rows.numel() * a.shape[0] < WIDE_THIN_PRODUCTS
+    if rows.dtype.itemsize > 2:
+        return True
+    (M, width), (R, K) = rows.shape, a.shape
+    return not dear(M, max(K, len(b)), R) if native(rows) else M * width * R < WIDE_THIN_PRODUCTS
 
 
 def _as(t: Tensor, dtype: torch.dtype) -> Tensor:

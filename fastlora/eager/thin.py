@@ -10,12 +10,18 @@ from fastlora.eager.base import native
 from fastlora.eager.dropout import drop
 from fastlora.reference import dropout_scale
 
-FEW_PRODUCTS = 2**15
-"""R·K up to which few rows of bf16 or fp16 multiply faster in fp32: a 16-bit product costs 17 µs however small."""
-
 MANY_OUTPUTS = 2**18
 """M·N from which a bf16 product of split factors, in place, beats an fp32 product rounded once (up to rank 32): below,
 an fp32 copy of y fits the caches, and splitting the factors costs more (0.7× of it at M = 128, N = 1024)."""
+
+
+def dear(rows: int, width: int, R: int) -> bool:
+    """Whether a CPU's 16-bit product of [rows, width] with a factor of rank R is faster in fp32, copies and all.
+
+    oneDNN's every call costs 13 µs; fewer products are not given to it (ATen's rule), and more repay it. At r = 16 one
+    row of K = N = 1024 takes 272 µs, forward and backward, for 329; sixteen rows with dropout 596 for 641.
+    """
+    return rows * width <= 2**14 and width * R <= 2**15 and rows * width * R > 2**12
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -24,12 +30,12 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def thin_dtype(x: Tensor, f: Tensor) -> torch.dtype:
     """What a product with the adapter's factor f runs in: 16-bit operands of one dtype as they are, as plain torch
-    does, unless a handful, or the CPU has no matmul of theirs; all else in fp32."""
-    return x.dtype if _as_they_are(x.dtype, len(x), f) else wide_dtype(x)
+    does, unless that is `dear`, or the CPU has no matmul of theirs; all else in fp32."""
+    return x.dtype if _as_they_are(x.dtype, len(x), x.shape[1], f) else wide_dtype(x)
 
 
-def _as_they_are(dtype: torch.dtype, rows: int, f: Tensor) -> bool:
-    return f.dtype == dtype and native(f) and (f.numel() > FEW_PRODUCTS or rows > 8)
+def _as_they_are(dtype: torch.dtype, rows: int, width: int, f: Tensor) -> bool:
+    return f.dtype == dtype and native(f) and not (f.is_cpu and dear(rows, width, f.numel() // max(width, 1)))
 
 
 def shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: float) -> Tensor:
@@ -65,7 +71,7 @@ def _factors(f: Tensor, g: Tensor, scale: float, dtype: torch.dtype) -> tuple[Te
     """f, g and the scale of their product, as it is best computed for a result in dtype: in dtype, or wider."""
     if dtype == f.dtype:
         return f, g.to(dtype), scale
-    if _as_they_are(dtype, len(f), g):
+    if _as_they_are(dtype, len(f), g.shape[1], g):
         return f.to(dtype), g, scale
     many = len(f) * g.shape[1] >= MANY_OUTPUTS
     if dtype == torch.bfloat16 and many and len(g) <= 32 and native(f, dtype):
