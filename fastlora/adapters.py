@@ -32,7 +32,9 @@ _PLAIN_FIELDS = {
 """Fields of a LoraConfig that are read here, or that change nothing once the factors are there."""
 
 _CHANGED_BASES = ("pissa", "olora", "corda", "loftq")
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name in the files that it saves."""
+
 _KEY = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
 _PROMPT_KEY = re.compile(r"prompt_embeddings|(.+\.)?prompt_encoder\.[^.]+\.embedding\.weight")
 
@@ -124,6 +126,19 @@ def folder(path: Path) -> tuple[Any, dict[str, Tensor]]:
         return config, load_file(weights)
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{weights}: not a safetensors file, or a damaged one: {error}") from error
+
+
+def save(path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write what `folder` reads, as PEFT does, each of the two files at once."""
+    from safetensors.torch import save_file
+
+    path.mkdir(parents=True, exist_ok=True)
+    files = path / "adapter_model.safetensors", path / "adapter_config.json"
+    weights, written = (file.with_name(f"{file.name}.part") for file in files)
+    save_file(state, weights, metadata={"format": "pt"})
+    written.write_text(json.dumps(config, indent=2))
+    weights.replace(files[0])
+    written.replace(files[1])
 
 
 def _options(config: Any) -> dict[str, Any]:
@@ -233,7 +248,7 @@ def _without_base(state: dict[str, Tensor], target: Target, name: str) -> dict[s
     """
     left = {}
     for key, t in state.items():
-        weight = key.removeprefix(_PREFIX)
+        weight = key.removeprefix(PREFIX)
         mine = target.weight(weight) if target.weight is not None and _KEY.fullmatch(key) is None else None
         if mine is None:
             left[key] = t
@@ -251,7 +266,7 @@ def _parts(state: dict[str, Tensor], name: str) -> dict[str, dict[str, Tensor]]:
         if found is None:
             raise ValueError(f"adapter {name!r}: got {key}, a variant of LoRA that fastlora does not serve, or damaged")
         adapters.add(found["adapter"])
-        parts.setdefault(found["module"].removeprefix(_PREFIX), {})[f"{found['part']}.{found['what']}"] = t
+        parts.setdefault(found["module"].removeprefix(PREFIX), {})[f"{found['part']}.{found['what']}"] = t
     if len(adapters) > 1:
         raise ValueError(f"adapter {name!r}: got factors of {sorted(map(str, adapters))} in one, wanted one adapter's")
     return parts

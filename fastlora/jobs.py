@@ -15,7 +15,6 @@ between steps.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,9 +27,6 @@ from torch import Tensor, nn
 from fastlora import adapters, groups
 from fastlora.attach import Seats
 from fastlora.trained import BASE, Crew, Options
-
-_PREFIX = "base_model.model."
-"""What PEFT puts before a module's name in the files that it saves."""
 
 _IDS = 7, 3
 """Requests and tokens of the run that shows where they are in a layer's x: numbers that heads and experts are not."""
@@ -135,7 +131,7 @@ class Jobs:
         """The job's factors under the names that PEFT saves them by, as copies on the CPU.   Raises KeyError."""
         self._find(name)
         return {
-            f"{_PREFIX}{layer}.{key}": t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            f"{adapters.PREFIX}{layer}.{key}": t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for layer, module in self.layers.items()
             for key, t in module.jobs[name].named_parameters()
         }
@@ -148,7 +144,7 @@ class Jobs:
         """
         self._find(name)
         mine = {
-            f"{_PREFIX}{layer}.{key}": p
+            f"{adapters.PREFIX}{layer}.{key}": p
             for layer, module in self.layers.items()
             for key, p in module.jobs[name].named_parameters()
         }
@@ -166,8 +162,6 @@ class Jobs:
 
         base_model: the name or folder of the model that it was trained on, the model's own if None.   Raises KeyError.
         """
-        from safetensors.torch import save_file
-
         state, options = self.state_dict(name), asdict(self._jobs[name])
         config: Any = getattr(self._model, "config", None)
         conv1d = {"Conv1D" in {kind.__name__ for kind in type(m.base_layer).__mro__} for m in self.layers.values()}
@@ -180,14 +174,7 @@ class Jobs:
             "target_modules": list(self.layers),
             "task_type": "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM",
         }
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        weights, written = path / "adapter_model.safetensors", path / "adapter_config.json"
-        fresh = [file.with_name(f"{file.name}.part") for file in (weights, written)]
-        save_file(state, fresh[0], metadata={"format": "pt"})
-        fresh[1].write_text(json.dumps(options, indent=2))
-        fresh[0].replace(weights)
-        fresh[1].replace(written)
+        adapters.save(Path(folder), options, state)
 
     def load(self, folder: str | os.PathLike[str], name: str) -> None:
         """A job that goes on from a folder that `save` or PEFT's LoRA wrote, on exactly these layers.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapters import Target, read
+from fastlora import adapters
 from fastlora.nearest import Neighbours, neighbours
 
 MOST = 1024
@@ -78,8 +77,6 @@ class SoftPrompt(nn.Module):
         base_model: the name or folder of the model that it was trained on.   How the prompt began is not said: PEFT
         would begin so again, and look for the tokenizer.
         """
-        from safetensors.torch import save_file
-
         seq2seq = self.decoder_weight is not None
         options = {
             "auto_mapping": None,
@@ -94,14 +91,7 @@ class SoftPrompt(nn.Module):
         }
         rows = self.weight if self.decoder_weight is None else torch.cat([self.weight, self.decoder_weight])
         state = {"prompt_embeddings": rows.detach().cpu().contiguous()}
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        weights, config = path / "adapter_model.safetensors", path / "adapter_config.json"
-        fresh = [file.with_name(f"{file.name}.part") for file in (weights, config)]
-        save_file(state, fresh[0], metadata={"format": "pt"})
-        fresh[1].write_text(json.dumps(options, indent=2))
-        fresh[0].replace(weights)
-        fresh[1].replace(config)
+        adapters.save(Path(folder), options, state)
 
     @classmethod
     def load(
@@ -113,8 +103,8 @@ class SoftPrompt(nn.Module):
         """
         prompt = cls(1, embedding, encoder_decoder=encoder_decoder)
         weight = prompt.weight
-        target = Target({}, weight.dtype, (), (weight.shape[1], weight.dtype), encoder_decoder)
-        found = read(folder, None, target, str(folder))
+        target = adapters.Target({}, weight.dtype, (), (weight.shape[1], weight.dtype), encoder_decoder)
+        found = adapters.read(folder, None, target, str(folder))
         if found.prompt is None or len(found.prompt) > MOST:
             what = "a LoRA adapter" if found.prompt is None else f"{len(found.prompt)} virtual tokens"
             raise ValueError(f"{folder}: got {what}, wanted a soft prompt of 1 to {MOST}")
