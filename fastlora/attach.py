@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import groups, multi
+from fastlora import groups, ops
 from fastlora.adapters import Adapter, Target, matches, read
 from fastlora.multi import Group, MultiLoRALinear, Tables
 
@@ -152,7 +152,7 @@ class Attached:
         traced = {name: place.layer for name, place in named.items()}
         calls, failed = groups.trace(self.base, traced, ids=IDS)
         flat = _flat(calls)
-        together = groups.runs(self.base, traced, calls, multi.TOGETHER)
+        together = groups.runs(self.base, traced, calls, ops.GROUP)
         self.layers = self._seats.fill()
         for name, layer in self.layers.items():
             layer.flat = name in flat

@@ -28,11 +28,9 @@ from fastlora.entry import Entry
 from fastlora.multi import Batch
 from fastlora.pools import LayerPools, PromptPools
 from fastlora.prompts import PromptOf
+from fastlora.serving import BASE
 from fastlora.standing import Standing
 from fastlora.storage import Listing, Shelf, Storage, UnknownAdapter, Version
-
-BASE = "__base__"
-"""The name of no adapter at all, as None is."""
 
 CACHED_BATCHES = 4
 """Mixes of adapters whose gathered factors are kept for the next `use`."""

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from fastlora import adapters, groups
 from fastlora.attach import Seats
-from fastlora.trained import BASE, Crew, Options
+from fastlora.serving import BASE
+from fastlora.trained import Crew, Options
 
 _IDS = 7, 3
 """Requests and tokens of the run that shows where they are in a layer's x: numbers that heads and experts are not."""

@@ -1,8 +1,8 @@
 """Many adapters in one batch: the pools that hold them, who is who in a batch, and the module that serves both.
 
-Adapters of all layers that share an input lie side by side in pools of rank rows (DESIGN §5). A batch says which slot
-each request takes; outside a batch a layer is its base layer, to the bit. `trained` has the layer's other side, where
-adapters are trained instead of served.
+Adapters of all layers that share an input lie side by side in pools of rank rows. A batch says which slot each request
+takes; outside a batch a layer is its base layer, to the bit. `trained` has the layer's other side, where adapters are
+trained instead of served.
 """
 
 from __future__ import annotations
@@ -16,14 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import dispatch, eager, ops
-from fastlora.serving import current as current
-from fastlora.serving import serving as serving
 from fastlora.serving import turn_of
 from fastlora.stacks import Stacks, gather
 from fastlora.trained import JobLayer
-
-TOGETHER = 3
-"""Layers that one launch takes."""
 
 MAX_RANK = 512
 """The largest rank of an adapter."""
@@ -46,8 +41,8 @@ class Tables:
     widest: by slot, on the host, the largest rank over all layers, 0 where nobody is.   given: [G + 2] int32, what a
     mapping's number means, the number + 1 being its place: itself where its slot was given out, else −1.   edition:
     counts the numbers that were taken back.   fused_rows: up to so many rows a plain linear layer's own matmul runs in
-    our launch too.   standing: each thread's prepared mapping.   said: how
-    many batches are being served or stand, in all threads.
+    our launch too.   standing: each thread's prepared mapping.   said: how many batches are being served or stand, in
+    all threads.
     """
 
     rows: int
@@ -142,8 +137,8 @@ class Group:
     """
 
     def __init__(self, members: Sequence[MultiLoRALinear], tables: Tables, dtype: torch.dtype) -> None:
-        if not 1 <= len(members) <= TOGETHER:
-            raise ValueError(f"members: got {len(members)} layers, wanted 1 to {TOGETHER}")
+        if not 1 <= len(members) <= ops.GROUP:
+            raise ValueError(f"members: got {len(members)} layers, wanted 1 to {ops.GROUP}")
         self.members, self.tables = list(members), tables
         device, K, T, G = tables.start.device, members[0].in_features, tables.rows, tables.slots
         self.a_pool = torch.zeros((len(members), T + 1, K), dtype=dtype, device=device)

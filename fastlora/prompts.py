@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import multi
+from fastlora import multi, serving
 from fastlora.virtual import Packed, Prefix, before, begin, check_plain, mask_of, positions_of, settle, shifted
 
 BEGUN = "_fastlora_prompts"
@@ -207,7 +207,7 @@ class Prompts:
     @torch.compiler.disable  # a lock, and prefixes that other threads may be reading
     def _of(self, requests: Requests) -> list[Prefix | None]:
         """Each request's prefix, under its adapter in this thread's batch."""
-        batch = multi.current()
+        batch = serving.current()
         slots = (-1,) * len(requests) if batch is None else batch.slots
         if len(slots) != len(requests):
             raise ValueError(f"requests: got {len(requests)}, wanted the {len(slots)} of the adapters' batch")
@@ -242,7 +242,7 @@ class Prompts:
         if batch is not None and adapter >= 0:
             alone = multi.Batch(batch.tables, [adapter], {adapter: batch.width})
         rows = self.pool[request.start : request.start + request.tokens]
-        with torch.inference_mode(False), torch.no_grad(), multi.serving(alone):
+        with torch.inference_mode(False), torch.no_grad(), serving.serving(alone):
             output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
         cache = output.get("past_key_values")
         check_plain(cache)

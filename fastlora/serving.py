@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+BASE = "__base__"
+"""The name of no adapter at all, as None is."""
+
 
 @dataclass(eq=False)
 class Turn:
@@ -59,13 +62,10 @@ def entered(tables: Any) -> Turn | None:
     return None
 
 
-def current(tables: Any = None) -> Any:
-    """The batch that is served here; without `tables` the innermost, whosever it is."""
-    if tables is None:
-        turns = _turns.get()
-        return turns[0].batch if turns else None
-    turn = turn_of(tables)
-    return None if turn is None else turn.batch
+def current() -> Any:
+    """The innermost batch that is served here, of whatever bank."""
+    turns = _turns.get()
+    return turns[0].batch if turns else None
 
 
 @contextlib.contextmanager

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from fastlora import serving
 from fastlora.checks import check_finite, check_probability, check_whole
 from fastlora.functional import jobs_linear, jobs_update
-
-BASE = "__base__"
-"""The name of no job at all, as None is."""
+from fastlora.serving import BASE
 
 
 @dataclass(frozen=True)

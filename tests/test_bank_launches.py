@@ -150,7 +150,7 @@ def test_prepare_reuses_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
         assert routed[-1][0] is routed[0][0] and routed[-1][1] is routed[0][1]
         assert routed[-1][0].tolist() == mapping
     bank.prepare(None)
-    assert serving.current(bank._attached.tables) is None
+    assert serving.turn_of(bank._attached.tables) is None
 
 
 def test_prepare_replays_as_a_graph_would() -> None:

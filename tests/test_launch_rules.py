@@ -1,4 +1,4 @@
-"""How work is cut and which tile it gets: functions of shape alone, and what DESIGN asks of them."""
+"""How work is cut and which tile it gets: functions of shape alone."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from tenants import BY_COLUMN, FAMILIES, LENGTHS, WHO, Tenants, calls, one, padd
 from tolerance import assert_all_close, assert_same
 from torch import Tensor, nn
 
-from fastlora import multi
+from fastlora import multi, serving
 from fastlora.prompts import PromptOf, Prompts
 
 
@@ -239,7 +239,7 @@ def test_prompts_together_with_adapters() -> None:
                 )
         batch, seen = padded(rows, "left"), calls(tenants.model)
         for slots in ((0, -1, 1, 1, 0), (1, -1, -1, 0, 1), (0, -1, 1, 1, 0)):
-            with multi.serving(multi.Batch(tables, slots, ranks)):
+            with serving.serving(multi.Batch(tables, slots, ranks)):
                 logits = tenants.forward(WHO, **batch).logits
             results: tuple[dict[str, Tensor], ...] = ({}, {}, {})
             for i, (row, slot, P) in enumerate(zip(rows, slots, WHO, strict=True)):

@@ -13,7 +13,7 @@ from tenants import FAMILIES, WHO, Tenants, calls, padded, rows_of, small
 from tolerance import assert_same
 from torch import Tensor
 
-from fastlora import multi
+from fastlora import multi, serving
 from fastlora.prompts import PromptOf, Prompts
 
 
@@ -220,7 +220,7 @@ def test_bad_input_is_refused(llama: Tenants) -> None:
         llama.generate(WHO, input_ids=torch.ones_like(longer), past_key_values=begun)
     with (
         pytest.raises(ValueError, match="requests: got 5"),
-        multi.serving(multi.Batch(multi.Tables.empty(1, 1, torch.device("cpu")), [0, 0], {0: 1})),
+        serving.serving(multi.Batch(multi.Tables.empty(1, 1, torch.device("cpu")), [0, 0], {0: 1})),
     ):
         llama.forward(WHO, **batch)
 
