@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora import eager
 from fastlora.ops.group import absent, present
-from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_gated(Tensor x, Tensor[] ws, Tensor[] biases, Tensor[] as_, Tensor[] bs, Tensor[] lora_biases, "
@@ -57,24 +57,11 @@ def lora_gated(
 
 @torch.library.register_fake("fastlora::lora_gated", lib=lib)
 def _(
-    x: Tensor,
-    ws: list[Tensor],
-    biases: list[Tensor],
-    as_: list[Tensor],
-    bs: list[Tensor],
-    lora_biases: list[Tensor],
-    seeds: Tensor | None,
-    scales: list[float],
-    ps: list[float],
-    activation: str,
-    backend: str,
+    x: Tensor, ws: list[Tensor], biases: list[Tensor], as_: list[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    M = 1
-    for size in x.shape[:-1]:
-        M = M * size
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    g, u = (x.new_empty((M, w.shape[0])) for w in ws[:2])
-    h, h_down = (x.new_empty((M, R), dtype=wide) for R in (len(as_[0]) + len(as_[1]), len(as_[2])))
+    gate, up, down = (a.shape[0] for a in as_)
+    h, h_down = fake_h(x, gate + up), fake_h(x, down)
+    g, u = (x.new_empty((h.shape[0], w.shape[0])) for w in ws[:2])
     return x.new_empty((*x.shape[:-1], ws[2].shape[0])), g, u, h, h_down
 
 

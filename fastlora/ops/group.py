@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
 
 GROUP = 3
 """Members that one launch takes."""
@@ -65,24 +65,8 @@ def lora_group(
 
 
 @torch.library.register_fake("fastlora::lora_group", lib=lib)
-def _(
-    x: Tensor,
-    ws: list[Tensor],
-    biases: list[Tensor],
-    as_: list[Tensor],
-    bs: list[Tensor],
-    lora_biases: list[Tensor],
-    seeds: Tensor | None,
-    scales: list[float],
-    ps: list[float],
-    backend: str,
-) -> tuple[list[Tensor], Tensor]:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    width = sum(a.shape[0] for a in as_)
-    h = x.new_empty((rows, width), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws], h
+def _(x: Tensor, ws: list[Tensor], biases: list[Tensor], as_: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor]:
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws], fake_h(x, sum(a.shape[0] for a in as_))
 
 
 def group_gradients(

@@ -6,14 +6,14 @@ lacks (a lora_bias) is an empty tensor: an op's list differentiates only where e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
+from fastlora.ops.group import present
+from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
 
 _JOBS = (
     "Tensor[] as_, Tensor[] bs, Tensor[] lora_biases, Tensor? seeds, int[] jobs, float[] scales, float[] ps, "
@@ -26,10 +26,6 @@ lib.define(
     "Tensor? seeds, int[] jobs, float[] scales, float[] ps, bool want_dx, bool want_da, bool want_db, str backend) "
     "-> Tensor[]"
 )
-
-
-def _present(tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    return [None if t.numel() == 0 else t for t in tensors]
 
 
 @torch.library.impl(lib, "jobs_linear", "CompositeExplicitAutograd")
@@ -54,7 +50,7 @@ def jobs_linear(
     on the kernels.
     """
     rows = rows_of(x)
-    factors = as_, bs, _present(lora_biases), seeds, jobs, scales, ps
+    factors = as_, bs, present(lora_biases), seeds, jobs, scales, ps
     with plain(x):
         y, h = (eager if backend == "torch" else kernels).jobs_linear(rows, w, bias, *factors)
     return shaped(y, *x.shape[:-1]), h
@@ -91,7 +87,7 @@ def jobs_update(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """As `jobs_linear` over any base output y: [..., N].   Returns a new tensor like y, and h."""
-    factors = as_, bs, _present(lora_biases), seeds, jobs, scales, ps
+    factors = as_, bs, present(lora_biases), seeds, jobs, scales, ps
     with plain(x):
         out, h = (eager if backend == "torch" else kernels).jobs_update(rows_of(y), rows_of(x), *factors)
     return shaped(out, *y.shape[:-1]), h
@@ -179,11 +175,7 @@ def _(
 
 
 def _fake_h(x: Tensor, as_: list[Tensor], jobs: list[int], backend: str) -> Tensor:
-    M = 1
-    for size in x.shape[:-1]:
-        M = M * size
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if backend == "torch":
-        return x.new_empty(M // len(jobs) * sum(as_[job].shape[0] for job in jobs if job >= 0), dtype=wide)
-    widest = max(a.shape[0] for a in as_)
-    return x.new_empty((M, -(-widest // 16) * 16), dtype=wide)
+        rows = fake_h(x, 1)
+        return rows.new_empty(rows.shape[0] // len(jobs) * sum(as_[job].shape[0] for job in jobs if job >= 0))
+    return fake_h(x, -(-max(a.shape[0] for a in as_) // 16) * 16)

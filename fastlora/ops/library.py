@@ -47,6 +47,14 @@ def shaped(y: Tensor, *batch: int) -> Tensor:
     return y if len(batch) == 1 else _as_new(y, (*batch, y.shape[-1]))
 
 
+def fake_h(x: Tensor, R: int) -> Tensor:
+    """[M, R] like x: [..., K], in the dtype of h: what an op's fake gives for it."""
+    M = 1
+    for size in x.shape[:-1]:  # symbols, where a compiler traces
+        M = M * size
+    return x.new_empty((M, R), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 _AS_IT_IS = contextlib.nullcontext()
 
 

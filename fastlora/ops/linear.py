@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor? lora_bias, Tensor? seed, "
@@ -52,19 +52,8 @@ def lora_linear(
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=lib)
-def _(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    lora_bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], w.shape[0])), _fake_h(x, a)
+def _(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], w.shape[0])), fake_h(x, a.shape[0])
 
 
 @torch.library.impl(lib, "lora_update", "CompositeExplicitAutograd")
@@ -103,7 +92,7 @@ def _(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape, dtype=dtype), _fake_h(x, a)
+    return y.new_empty(y.shape, dtype=dtype), fake_h(x, a.shape[0])
 
 
 def gradients(
@@ -165,10 +154,3 @@ def _(
     if want_dx:
         grads.append(dy.new_empty((*dy.shape[:-1], a.shape[1])))
     return grads + [like.new_empty(like.shape) for want, like in ((want_da, a), (want_db, b)) if want]
-
-
-def _fake_h(x: Tensor, a: Tensor) -> Tensor:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return x.new_empty((rows, a.shape[0]), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,20 +77,7 @@ def expand_behind_(
 
 
 @torch.library.register_fake("fastlora::multi_update_", lib=lib)
-def _(
-    ys: list[Tensor],
-    x: Tensor,
-    a_pool: Tensor,
-    b_pools: list[Tensor],
-    start: Tensor,
-    rank: Tensor,
-    scaling: Tensor,
-    biased: Tensor,
-    order: Tensor,
-    tiles: Tensor,
-    counts: Tensor,
-    width: int,
-) -> None:
+def _(*_: Any) -> None:
     return None
 
 
@@ -126,20 +115,5 @@ def multi_linear(
 
 
 @torch.library.register_fake("fastlora::multi_linear", lib=lib)
-def _(
-    x: Tensor,
-    ws: list[Tensor],
-    biases: list[Tensor | None],
-    a_pool: Tensor,
-    b_pools: list[Tensor],
-    start: Tensor,
-    rank: Tensor,
-    scaling: Tensor,
-    biased: Tensor,
-    slots: Tensor,
-    order: Tensor,
-    tiles: Tensor,
-    counts: Tensor,
-    width: int,
-) -> list[Tensor]:
+def _(x: Tensor, ws: list[Tensor], *_: Any) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in ws]
