@@ -15,11 +15,19 @@ from torch import Tensor
 from fastlora import dispatch, ops
 from fastlora.checks import check_gated
 from fastlora.functional.group import apart, together
-from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows, traced
+from fastlora.functional.rules import (
+    draw_seed,
+    face,
+    fold,
+    no_second_derivative,
+    opaque,
+    outer,
+    parted,
+    standalone,
+    sums_of_rows,
+    traced,
+)
 from fastlora.reference import Projection
-
-_LISTS = 5
-"""Lists among the op's inputs, with an entry for gate, up and down each: ws, biases, as, bs, lora_biases."""
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -71,26 +79,9 @@ def _backward(ctx: Any, dy: Tensor, needs: Sequence[Any]) -> list[Any]:
         else:
             dx, das, dbs, dg, du, z = ops.gated_gradients(*inputs)
     douts = dg, du, dy
-    dws = [_dw(*pair) if need else None for need, *pair in zip(need_ws, douts, (x, x, z), strict=True)]
-    dbiases = _sums(douts, need_biases, ctx.bias_dtypes, (1.0, 1.0, 1.0))
-    return [dx, dws, dbiases, das, dbs, _sums(douts, need_lora_biases, ctx.lora_bias_dtypes, ctx.scales)]
-
-
-def _dw(dy: Tensor, x: Tensor) -> Tensor:
-    """dyᵀ·x: the base is frozen in LoRA; when someone trains it, its gradient is right too."""
-    return torch.mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
-
-
-def _sums(
-    dys: Sequence[Any], needs: Sequence[bool], dtypes: Sequence[torch.dtype], scales: Sequence[float]
-) -> list[Tensor | None]:
-    members = zip(dys, needs, dtypes, scales, strict=True)
-    return [sum_rows(dy, dtype, scale) if need else None for dy, need, dtype, scale in members]
-
-
-def _by_layer(flat: Sequence[Any]) -> list[list[Any]]:
-    """The lists that lie one after the other in `flat`."""
-    return [list(flat[start : start + 3]) for start in range(0, 3 * _LISTS, 3)]
+    dws = [outer(*pair) if need else None for need, *pair in zip(need_ws, douts, (x, x, z), strict=True)]
+    dbiases = sums_of_rows(douts, need_biases, ctx.bias_dtypes, (1.0, 1.0, 1.0))
+    return [dx, dws, dbiases, das, dbs, sums_of_rows(douts, need_lora_biases, ctx.lora_bias_dtypes, ctx.scales)]
 
 
 class _LoRAGated(torch.autograd.Function):
@@ -99,7 +90,7 @@ class _LoRAGated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, seeds: Tensor | None, scales: Any, ps: Any, *rest: Any) -> Tensor:
         activation, backend, *flat = rest
-        inputs = (x, *_by_layer(flat), seeds, scales, ps, activation, backend)
+        inputs = (x, *parted(flat), seeds, scales, ps, activation, backend)
         output = face("lora_gated", x)(*inputs)
         _setup(ctx, inputs, output)
         return output[0]
@@ -107,7 +98,7 @@ class _LoRAGated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         need_x, _, _, _, _, _, *flat = ctx.needs_input_grad
-        dx, *lists = _backward(ctx, dy, (need_x, *_by_layer(flat)))
+        dx, *lists = _backward(ctx, dy, (need_x, *parted(flat)))
         return dx, None, None, None, None, None, *(grad for grads in lists for grad in grads)
 
 

@@ -15,10 +15,18 @@ from torch.nn.functional import linear
 from fastlora import dispatch, ops
 from fastlora.checks import check_group
 from fastlora.functional.linear import lora_linear
-from fastlora.functional.rules import draw_seed, face, fold, no_second_derivative, opaque, standalone, sum_rows, traced
-
-_LISTS = 5
-"""Lists among the op's inputs, with an entry a member each: ws, biases, as, bs, lora_biases."""
+from fastlora.functional.rules import (
+    draw_seed,
+    face,
+    fold,
+    no_second_derivative,
+    opaque,
+    outer,
+    parted,
+    standalone,
+    sums_of_rows,
+    traced,
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Sequence[Tensor], Tensor]) -> None:
@@ -52,7 +60,7 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None], needs: Sequence[Any]) -> l
     first = next((dy for dy in dys if dy is not None), None)
     if first is not None and (need_x or any(need_as) or any(need_bs)):
         absent = first.new_empty(0)
-        ws, as_, bs = _by_member([absent if t is None else t for t in factors], lists=3)
+        ws, as_, bs = parted([absent if t is None else t for t in factors], lists=3)
         inputs = (
             [absent if dy is None else dy for dy in dys], x, ws, as_, bs, h, seeds, ctx.scales, ctx.ps,
             need_x, need_as, need_bs, ctx.backend,
@@ -63,27 +71,10 @@ def _backward(ctx: Any, dys: Sequence[Tensor | None], needs: Sequence[Any]) -> l
             das, dbs = ([next(grads) if need else None for need in list_] for list_ in (need_as, need_bs))
         else:
             dx, das, dbs = ops.group_gradients(*inputs)
-    if any(need_ws):  # the base is frozen in LoRA; when someone trains it, its gradient is right too
-        rows = x.reshape(-1, x.shape[-1])
-        dws = [
-            torch.mm(dy.reshape(-1, dy.shape[-1]).t(), rows) if need and dy is not None else None
-            for dy, need in zip(dys, need_ws, strict=True)
-        ]
-    dbiases = _sums(dys, need_biases, ctx.bias_dtypes, [1.0] * ctx.count)
-    return [dx, dws, dbiases, das, dbs, _sums(dys, need_lora_biases, ctx.lora_bias_dtypes, ctx.scales)]
-
-
-def _sums(
-    dys: Sequence[Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype], scales: Sequence[float]
-) -> list[Tensor | None]:
-    members = zip(dys, needs, dtypes, scales, strict=True)
-    return [sum_rows(dy, dtype, scale) if need and dy is not None else None for dy, need, dtype, scale in members]
-
-
-def _by_member(flat: Sequence[Any], lists: int = _LISTS) -> list[list[Any]]:
-    """The lists that lie one after the other in `flat`."""
-    count = len(flat) // lists
-    return [list(flat[start : start + count]) for start in range(0, len(flat), count)]
+    if any(need_ws):
+        dws = [outer(dy, x) if need and dy is not None else None for dy, need in zip(dys, need_ws, strict=True)]
+    dbiases = sums_of_rows(dys, need_biases, ctx.bias_dtypes, [1.0] * ctx.count)
+    return [dx, dws, dbiases, das, dbs, sums_of_rows(dys, need_lora_biases, ctx.lora_bias_dtypes, ctx.scales)]
 
 
 class _LoRAGroup(torch.autograd.Function):
@@ -93,19 +84,19 @@ class _LoRAGroup(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, seeds: Tensor | None, scales: list[float], ps: list[float], backend: str, *flat: Any
     ) -> Any:
-        inputs = (x, *_by_member(flat), seeds, scales, ps, backend)
+        inputs = (x, *parted(flat), seeds, scales, ps, backend)
         ys, h = face("lora_group", x)(*inputs)
         _setup(ctx, inputs, (ys, h))
         ctx.set_materialize_grads(False)
         if not x.requires_grad:  # as a layer by itself whose every input is frozen
-            wanted = zip(ys, *_by_member(ctx.needs_input_grad[5:]), strict=True)
+            wanted = zip(ys, *parted(ctx.needs_input_grad[5:]), strict=True)
             ctx.mark_non_differentiable(*(y for y, *needs in wanted if not any(needs)))
         return tuple(ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         need_x, _, _, _, _, *flat = ctx.needs_input_grad
-        dx, *lists = _backward(ctx, dys, (need_x, *_by_member(flat)))
+        dx, *lists = _backward(ctx, dys, (need_x, *parted(flat)))
         return dx, None, None, None, None, *(grad for grads in lists for grad in grads)
 
 

@@ -14,10 +14,7 @@ from torch.nn.functional import linear
 
 from fastlora import dispatch, ops
 from fastlora.checks import check_jobs
-from fastlora.functional.rules import draw_seed, face, no_second_derivative, opaque, standalone, traced
-
-_LISTS = 3
-"""Lists among the ops' inputs, with an entry a job each: as, bs, lora_biases."""
+from fastlora.functional.rules import draw_seed, face, no_second_derivative, opaque, parted, standalone, traced
 
 
 def _stamp(jobs: Sequence[int], factors: Sequence[Tensor]) -> int:
@@ -98,18 +95,12 @@ def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return (dy if ctx.need_y else None), dx, *lists
 
 
-def _by_job(flat: Sequence[Any]) -> list[list[Any]]:
-    """The lists that lie one after the other in `flat`."""
-    count = len(flat) // _LISTS
-    return [list(flat[start : start + count]) for start in range(0, len(flat), count)]
-
-
 class _JobsLinear(torch.autograd.Function):
     """The rule of `torch.ops.fastlora.jobs_linear`, without the dispatcher's cost; its lists lie flat."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
-        inputs = (x, w, bias, *_by_job(flat), *plain)
+        inputs = (x, w, bias, *parted(flat, lists=3), *plain)
         output = face("jobs_linear", x)(*inputs)
         _setup_linear(ctx, inputs, output, stamped=True)
         return output[0]
@@ -125,7 +116,7 @@ class _JobsUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
-        inputs = (y, x, *_by_job(flat), *plain)
+        inputs = (y, x, *parted(flat, lists=3), *plain)
         output = face("jobs_update", x)(*inputs)
         _setup_update(ctx, inputs, output, stamped=True)
         return output[0]

@@ -19,6 +19,7 @@ from fastlora.functional.rules import (
     fold,
     no_second_derivative,
     opaque,
+    outer,
     standalone,
     sum_rows,
     traced,
@@ -68,9 +69,8 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     dx, da, db = _low_rank_grads(ctx, dy, saved)
     dw = dbias = dlora_bias = None
-    if need[1]:  # the base is frozen in LoRA; when someone trains it, its gradient is right too
-        x = saved[0]
-        dw = torch.mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+    if need[1]:
+        dw = outer(dy, saved[0])
     if need[2]:
         dbias = sum_rows(dy, ctx.bias_dtype)
     if need[5]:

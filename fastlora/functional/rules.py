@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,25 @@ def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """scale·Σ_m dy[m], summed in fp32: the gradient of a bias."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
     return (dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide) * scale).to(dtype)
+
+
+def sums_of_rows(
+    dys: Sequence[Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype], scales: Sequence[float]
+) -> list[Tensor | None]:
+    """`sum_rows` of each that is needed and there."""
+    members = zip(dys, needs, dtypes, scales, strict=True)
+    return [sum_rows(dy, dtype, scale) if need and dy is not None else None for dy, need, dtype, scale in members]
+
+
+def outer(dy: Tensor, x: Tensor) -> Tensor:
+    """dw = dyᵀ·x: the base is frozen in LoRA; when someone trains it, its gradient is right too."""
+    return torch.mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+
+
+def parted(flat: Sequence[Any], lists: int = 5) -> list[list[Any]]:
+    """The lists that lie one after the other in `flat`: ws, biases, as, bs and lora_biases of layers, unless fewer."""
+    count = len(flat) // lists
+    return [list(flat[start : start + count]) for start in range(0, len(flat), count)]
 
 
 def standalone(name: str, setup: Any, backward: Any) -> None:
