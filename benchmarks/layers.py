@@ -96,12 +96,8 @@ def _peft_model(w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: flo
     return model
 
 
-def only_in_batches(w: Tensor, *_: object) -> None:
-    """What one layer with one adapter has nothing of."""
-
-
-def only_in_groups(w: Tensor, *_: object) -> None:
-    """What one layer alone has nothing of."""
+def elsewhere(*_: object) -> None:
+    """What needs several layers or several adapters: of the suites block and multi."""
 
 
 HAS_PEFT = importlib.util.find_spec("peft") is not None
@@ -114,8 +110,8 @@ IMPLS: dict[str, Build] = {
     "reference": reference,
     "unsloth-style": unsloth_style,
     "lorafusion-style": lorafusion_style,
-    "shared-shrink": only_in_groups,
-    "vllm-style": only_in_batches,
+    "shared-shrink": elsewhere,
+    "vllm-style": elsewhere,
     "fastlora": ours,
     **({"fastlora-patched": ours_patched} if HAS_PEFT else {}),
 }

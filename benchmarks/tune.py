@@ -143,16 +143,14 @@ def neighbours(kernel: str, t: Tile) -> list[Tile]:
     return found + [replace(t, num_stages=n) for n in (t.num_stages + 1, t.num_stages - 1) if 1 <= n <= 5]
 
 
-def reaching(
-    rows: Sequence[dict[str, Any]], index: int, problems: Iterable[Problem], at_most: int = 4
-) -> list[Problem]:
-    """The problems whose first admitting row is this one: as large as they come, of different layers."""
+def reaching(rows: Sequence[dict[str, Any]], index: int, problems: Iterable[Problem]) -> list[Problem]:
+    """Up to four problems whose first admitting row is this one: as large as they come, of different layers."""
     found: dict[tuple[Any, ...], Problem] = {}
     for problem in problems:
         first = next((i for i, row in enumerate(rows) if admits(row, problem.dtype, **problem.sizes)), None)
         if first == index:
             found.setdefault((problem.Ns, problem.K, problem.adapter, problem.p), problem)
-    return list(found.values())[:at_most]
+    return list(found.values())[:4]
 
 
 class Bench:

@@ -94,9 +94,9 @@ def with_lora(base: PreTrainedModel, args: argparse.Namespace, dropout: float) -
     return get_peft_model(base, config)
 
 
-def show_losses(losses: Sequence[float], width: int = 60) -> None:
+def show_losses(losses: Sequence[float]) -> None:
     """A line that falls as the losses do, and their means over the first and the last tenth of the steps."""
-    size = -(-len(losses) // width)
+    size = -(-len(losses) // 60)
     means = [sum(part) / len(part) for part in (losses[i : i + size] for i in range(0, len(losses), size))]
     low, span = min(means), max(max(means) - min(means), 1e-9)
     line = "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)

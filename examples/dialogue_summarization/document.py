@@ -108,12 +108,12 @@ def against(line: Line, full: Line) -> str:
     )
 
 
-def plateau(of: Iterable[Line], measure: str = "rougeL") -> tuple[int, bool]:
-    """The lowest rank that no higher one beats beyond doubt; and whether it is lower than the highest."""
+def plateau(of: Iterable[Line]) -> tuple[int, bool]:
+    """The lowest rank that no higher one beats in ROUGE-L beyond doubt; and whether it is lower than the highest."""
     ordered = sorted(of, key=lambda line: line.first["r"])
     for line in ordered:
         higher = [other for other in ordered if other.first["r"] > line.first["r"]]
-        if not any(other.less(line, measure).low > 0 for other in higher):
+        if not any(other.less(line, "rougeL").low > 0 for other in higher):
             return line.first["r"], bool(higher)
     raise ValueError("ranks: got none")
 

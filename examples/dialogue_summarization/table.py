@@ -105,11 +105,11 @@ def costs() -> list[Column]:
     ]
 
 
-def scored(digits: int = 3) -> list[Column]:
+def scored() -> list[Column]:
     """What a row reaches, with its interval."""
 
     def column(measure: str) -> Column:
-        places = 1 if measure == "bleu" else digits
+        places = 1 if measure == "bleu" else 3
         return TITLES.get(measure, measure), lambda line: cell(line.score(measure), places)
 
     return [column(measure) for measure in MEASURES[:6]]
