@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from dialogues import dialogues
-from finetune import quiet_libraries
-from multi_tenant import LIMIT, base_of, given, race, whole
+from finetune import given, quiet_libraries
+from multi_tenant import LIMIT, base_of, race, whole
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from surroundings import surroundings
 from tasks import TASKS, Task, text_of

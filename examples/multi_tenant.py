@@ -10,7 +10,6 @@ adapter alone, and counts tokens per second beside PEFT's own mixed batch and be
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import itertools
 import json
@@ -18,14 +17,14 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import plain_peft
 import torch
 from dialogues import Example, dialogues
-from finetune import quiet_libraries
+from finetune import given, quiet_libraries
 from plain_peft import Request, answers, padded
 from surroundings import surroundings
 from tasks import text_of, train_tenants
@@ -67,15 +66,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.requests and not (args.requests.is_file() and args.requests.read_text("utf-8").strip()):
         parser.error(f"--requests: {args.requests} holds no text, wanted a file with a request a line")
     return args
-
-
-@contextlib.contextmanager
-def given(what: str) -> Iterator[None]:
-    """What a person gave and cannot be used ends the run with one line."""
-    try:
-        yield
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        sys.exit(f"{what}: {' '.join(str(error).split())}")
 
 
 def base_of(args: argparse.Namespace, examples: Sequence[Example]) -> str:

@@ -70,11 +70,12 @@ def test_ones_own_adapters_whatever_their_folders_are_called(out: Path, tmp_path
     }  # fmt: skip
 
 
-def test_a_broken_adapter_is_one_clear_line(out: Path, tmp_path: Path) -> None:
+def test_a_broken_adapter_is_one_clear_line(out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = shutil.copytree(out / "speakers", tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"not this")
-    with pytest.raises(SystemExit, match=rf"^--adapters: {re.escape(str(broken))}: [^\n]+$"):
+    with pytest.raises(SystemExit, match="2"):
         multi_tenant.main(["--quick", "--out", str(tmp_path), "--model", str(out / "base"), "--adapters", str(broken)])
+    assert re.fullmatch(rf"error: --adapters: {re.escape(str(broken))}: [^\n]+\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -90,11 +91,6 @@ def test_bad_input_is_one_clear_line(words: list[str], said: str, capsys: pytest
     with pytest.raises(SystemExit, match="2"):
         multi_tenant.parse(words)
     assert said in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_model_that_is_not_there_is_one_clear_line() -> None:
-    with pytest.raises(SystemExit, match=r"^--model: two lines$"), multi_tenant.given("--model"):
-        raise OSError("two\nlines")
 
 
 def test_only_the_fine_tunes_own_base_is_taken(tmp_path: Path) -> None:
