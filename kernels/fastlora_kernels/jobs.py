@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from fastlora_kernels.dropout import keep_scale, threshold
 from fastlora_kernels.launch import on_device
+from fastlora_kernels.linear import base_linear
 from fastlora_kernels.multi import multi_expand, multi_shrink
 from fastlora_kernels.multi_outer import multi_outer
 from fastlora_kernels.routing import Drops, Routes, route
@@ -185,7 +185,7 @@ def jobs_linear(
 
     x: [M, K], as many rows for each entry of jobs.   Returns y: [M, N] in x's dtype, h: [M, width] fp32.
     """
-    y = linear(x, w, bias if bias is None or bias.dtype == x.dtype else bias.to(x.dtype))
+    y = base_linear(x, w, bias)
     crew = Crew(x, as_, bs, lora_biases, [t is not None for t in lora_biases], seeds, jobs, scales, ps)
     h = crew.shrink(x)
     return crew.add_(y, h), h
