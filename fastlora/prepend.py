@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.prompts import given, named
+from fastlora.prompts import embeds_of, given, named, text_model
 from fastlora.soft import SoftPrompt
 from fastlora.virtual import Packed, before, behind, first_attended, mask_of, positions_of, settle
 
@@ -61,7 +61,7 @@ def add_soft_prompt(model: Any, prompt: SoftPrompt | int, name: str = "default",
     and LoRA apart, freeze either: `prompt.requires_grad_(False)`. PEFT's get_peft_model freezes a prompt that is there
     before it.   Raises ValueError for a name that is taken, embeddings that differ, a model that cannot read one.
     """
-    hugging = _hugging(model)
+    hugging = text_model(model)
     if isinstance(prompt, SoftPrompt):
         if options:
             raise ValueError(f"options: got {', '.join(options)} beside a SoftPrompt, which has begun already")
@@ -85,7 +85,7 @@ def add_soft_prompt(model: Any, prompt: SoftPrompt | int, name: str = "default",
 
 def load_soft_prompt(model: Any, folder: str | os.PathLike[str], name: str = "default") -> SoftPrompt:
     """As `add_soft_prompt`, with the prompt that a folder of ours or of PEFT's holds."""
-    hugging = _hugging(model)
+    hugging = text_model(model)
     seq2seq = hugging.config.is_encoder_decoder
     prompt = SoftPrompt.load(folder, hugging.get_input_embeddings(), encoder_decoder=seq2seq)
     return add_soft_prompt(model, prompt, name)
@@ -102,7 +102,7 @@ def set_soft_prompt(model: Any, name: str | None) -> None:
 def remove_soft_prompts(model: Any) -> None:
     """Give the model its own class back, without its prompts. Frozen parameters stay frozen."""
     _prompts(model)
-    hugging = _hugging(model)
+    hugging = text_model(model)
     reader = _reader(hugging)
     for module in {id(m): m for m in (hugging, reader)}.values():
         _become(module, type(module).__bases__[0])
@@ -110,18 +110,11 @@ def remove_soft_prompts(model: Any) -> None:
 
 
 def _prompts(model: Any) -> SoftPrompts:
-    prompts = getattr(_reader(_hugging(model)), "soft_prompts", None)
+    prompts = getattr(_reader(text_model(model)), "soft_prompts", None)
     if prompts is None:
         raise ValueError("model: got one without soft prompts, wanted one that add_soft_prompt gave some")
     found: SoftPrompts = prompts
     return found
-
-
-def _hugging(model: Any) -> Any:
-    hugging = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not (hasattr(hugging, "can_generate") and hugging.can_generate()):
-        raise ValueError(f"model: got {type(hugging).__name__}, wanted one of transformers that generates text")
-    return hugging
 
 
 def _reader(hugging: Any) -> Any:
@@ -166,12 +159,6 @@ def _prompted(kind: Hashable, around: Callable[..., Any]) -> Any:
     return type(base.__name__, (base,), {**body, "forward": forward})
 
 
-def _embeds(module: Any, inputs: Tensor) -> Tensor:
-    """inputs: [B, S] ids, or [B, S, d].   Returns [B, S, d]."""
-    embeds: Tensor = inputs if inputs.is_floating_point() else module.get_input_embeddings()(inputs)
-    return embeds
-
-
 def _decode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """A causal model's forward: virtual tokens stand before each row's first, and are in its cache from then on."""
     prompt, cache = self.soft_prompts.reading, kwargs.get("past_key_values")
@@ -206,7 +193,7 @@ def _decode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any
         virtual = torch.arange(0 if past else P, device=device)
         kwargs["position_ids"] = behind_padding(torch.cat([virtual.expand(len(own), -1), own], 1))
     if not past:
-        kwargs |= {"input_ids": None, "inputs_embeds": behind_padding(prompt(_embeds(self, inputs)))}
+        kwargs |= {"input_ids": None, "inputs_embeds": behind_padding(prompt(embeds_of(self, inputs)))}
         if kwargs.get("labels") is not None:
             kwargs["labels"] = behind_padding(F.pad(kwargs["labels"], (P, 0), value=-100))
     output = inner(**kwargs)
@@ -222,7 +209,7 @@ def _encode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any
     if prompt is None:
         return inner(**kwargs)
     inputs = given(kwargs)
-    embeds, P = _embeds(self, inputs), len(prompt)
+    embeds, P = embeds_of(self, inputs), len(prompt)
     packed = _packed(prompt, mask_of(kwargs, (len(embeds), embeds.shape[1]), embeds.device))
     embeds = prompt(embeds.take_along_dim(packed.source[:, P:, None], 1))
     return inner(**kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask})

@@ -63,9 +63,7 @@ class Prompts:
     """
 
     def __init__(self, model: Any, max_prompts: int, max_tokens: int, kept_tokens: int | None = None) -> None:
-        hugging: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if not (hasattr(hugging, "can_generate") and hugging.can_generate()):
-            raise ValueError(f"model: got {type(hugging).__name__}, wanted one that generates text")
+        hugging = text_model(model)
         weight = hugging.get_input_embeddings().weight
         self.model, self.max_prompts = hugging, max_prompts
         self.pool = torch.zeros((max_tokens, weight.shape[1]), dtype=weight.dtype, device=weight.device)
@@ -287,7 +285,7 @@ class Prompts:
     def _embedded(self, requests: Requests, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments in which embeddings with the virtual tokens take the place of input_ids."""
         inputs = given(kwargs)
-        embeds = inputs if inputs.is_floating_point() else self.model.get_input_embeddings()(inputs)
+        embeds = embeds_of(self.model, inputs)
         (rows, S), device = inputs.shape[:2], embeds.device
         tokens, longest = self._tokens(requests, rows, device)
         packed = Packed.of(mask_of(kwargs, (rows, S), device), tokens, S + longest)
@@ -297,6 +295,14 @@ class Prompts:
         embeds = embeds.take_along_dim(packed.source[..., None], 1)
         embeds = torch.where(packed.virtual[..., None], self.pool[at].to(embeds.dtype), embeds)
         return kwargs | {"input_ids": None, "inputs_embeds": embeds, "attention_mask": packed.mask}
+
+
+def text_model(model: Any) -> Any:
+    """transformers' own model, in PEFT's or plain.   Raises ValueError for one that generates no text."""
+    hugging = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (hasattr(hugging, "can_generate") and hugging.can_generate()):
+        raise ValueError(f"model: got {type(hugging).__name__}, wanted one of transformers that generates text")
+    return hugging
 
 
 def begun_for(cache: Any) -> Begun | None:
@@ -318,3 +324,9 @@ def given(kwargs: dict[str, Any]) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise ValueError("input_ids: got neither these nor inputs_embeds, wanted one of them to put virtual tokens before")
+
+
+def embeds_of(module: Any, inputs: Tensor) -> Tensor:
+    """inputs: [B, S] ids, or [B, S, d].   Returns [B, S, d]."""
+    embeds: Tensor = inputs if inputs.is_floating_point() else module.get_input_embeddings()(inputs)
+    return embeds
