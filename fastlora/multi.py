@@ -197,9 +197,9 @@ class Group:
 
     def run(self, member: int, x: Tensor, batch: Batch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The member's output for x; the others', made in the same launches, wait for their call with the same x."""
-        key = x, None if x.is_inference() else x._version
+        version = None if x.is_inference() else x._version
         ready = getattr(self._ready, "outputs", None)
-        if ready is not None and ready.x is key[0] and ready.version == key[1] and ready.batch is batch:
+        if ready is not None and ready.x is x and ready.version == version and ready.batch is batch:
             y = ready.ys[member]
             ready.ys[member] = None
             if y is not None:
@@ -207,24 +207,22 @@ class Group:
                     self._ready.outputs = None
                 return y
         self._ready.outputs = None
-        together = len(self.members) > 1 and not args and not kwargs
-        indices = range(len(self.members)) if together else [member]
-        if not args and not kwargs and self.fuses(x, batch):
+        plain = not args and not kwargs
+        indices = list(range(len(self.members))) if plain else [member]
+        if plain and self.fuses(x, batch):
             ys = self.fused(x, batch)
         else:
-            h = self.begin(x, batch, list(indices))
+            h = self.begin(x, batch, indices)
             try:
                 ys = [self.members[i].base(x, *args, **kwargs) for i in indices]
             finally:
                 if h is not None:
                     ops.kernels.overlap.join(x)
-            self.add(ys, x, batch, list(indices), h)
+            self.add(ys, x, batch, indices, h)
         if len(ys) == 1:
             return ys[0]
-        mine = ys[member]
-        if any(other is not mine for other in ys):
-            self._ready.outputs = _Ready(x, key[1], batch, [None if i == member else y for i, y in enumerate(ys)])
-        return mine
+        self._ready.outputs = _Ready(x, version, batch, [None if i == member else y for i, y in enumerate(ys)])
+        return ys[member]
 
     def forget(self) -> None:
         """Drop what waits for a call that never came."""
@@ -301,7 +299,7 @@ class _Ready:
     x: Tensor
     version: int | None
     batch: Batch
-    ys: list[Tensor | None] = field(default_factory=list)
+    ys: list[Tensor | None]
 
 
 def _in_backward() -> bool:
