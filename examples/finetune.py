@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from surroundings import surroundings
 from tinybase import Size, make
-from training import Collate, row, train
+from training import Collate, ends, row, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -102,12 +102,6 @@ def show_losses(losses: Sequence[float]) -> None:
     line = "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)
     first, last = ends(losses)
     print(f"   loss {first:.3f} {line} {last:.3f}   ({len(losses)} steps)", flush=True)
-
-
-def ends(losses: Sequence[float]) -> tuple[float, float]:
-    """Mean loss over the first tenth of the steps and over the last."""
-    tenth = max(1, len(losses) // 10)
-    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
 
 
 def show_steps(steps: dict[str, beside.Step], dropout: float) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dialogues import Example
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from training import row, train
+from training import ends, row, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import fastlora
@@ -68,7 +67,6 @@ def train_tenants(
         folders[task.name] = out / task.name
         model.save_pretrained(folders[task.name])
         kind = f"LoRA, rank {task.rank}" if task.rank else f"soft prompt, {VIRTUAL_TOKENS} tokens"
-        tenth = max(1, len(losses) // 10)
-        first, last = (statistics.mean(part) for part in (losses[:tenth], losses[-tenth:]))
+        first, last = ends(losses)
         print(f"   {task.name:<12}{kind:<24}loss {first:.2f} → {last:.2f}", flush=True)
     return folders

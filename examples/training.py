@@ -118,3 +118,9 @@ def train(
         trainer.add_callback(_Watch(watch))
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def ends(losses: Sequence[float]) -> tuple[float, float]:
+    """Mean loss over the first tenth of the steps and over the last."""
+    tenth = max(1, len(losses) // 10)
+    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
