@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import fastlora_kernels as kernels
 from fastlora import eager, reference
@@ -36,6 +37,15 @@ ODD_MIXES = {
 MIXES = {**MAIN_MIXES, **ODD_MIXES}
 
 
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {  # torch's own, not the twin's formulas
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda g: F.relu(g).square(),
+}
+
+
 def lay(t: Tensor) -> Tensor:
     """t's values, contiguous, in the middle of a storage that is NaN elsewhere."""
     ground = torch.full((t.numel() + 2 * GROUND,), float("nan"), dtype=t.dtype, device=t.device)
@@ -51,7 +61,7 @@ def _stepped(t: Tensor) -> Tensor:
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: lay(t.t().contiguous()).t(),
     "every second row, every third column": _stepped,
-    "padded rows": lambda t: lay(torch.nn.functional.pad(t, (0, 5), value=float("nan")))[..., :-5],
+    "padded rows": lambda t: lay(F.pad(t, (0, 5), value=float("nan")))[..., :-5],
 }
 """The same values under other strides."""
 

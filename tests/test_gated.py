@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from operands import scaled_mask
+from operands import ACTS, scaled_mask
 from tolerance import assert_all_close, assert_same
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,13 +22,6 @@ MIXES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "bf16+fp32": (torch.bfloat16, torch.float32),
     "fp16+fp32": (torch.float16, torch.float32),
-}
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {  # torch's own, not the twin's formulas
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda g: F.relu(g).square(),
 }
 BIG = (2, 29, 61), 311, 203
 SMALL = (2, 3, 13), 19, 11

@@ -6,15 +6,13 @@ z and h may err no more than torch's own activation followed by PEFT's shrink; t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import plain
 import pytest
 import torch
-from operands import LAYOUTS, MIXES, a_seed, bf16, double, fp16, fp32, lay, small_tile
+from operands import ACTS, LAYOUTS, MIXES, a_seed, bf16, double, fp16, fp32, lay, small_tile
 from tolerance import assert_close, assert_same
 from torch import Tensor
-from torch.nn import functional as F
 
 import fastlora_kernels as kernels
 from fastlora import reference
@@ -22,13 +20,6 @@ from fastlora_kernels import Tile
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {  # torch's own, not the twin's formulas
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda g: F.gelu(g, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda g: F.relu(g).square(),
-}
 M, K = 93, 70
 MAIN = {"fp32": fp32, "fp16": fp16, "bf16": bf16}
 
