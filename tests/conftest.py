@@ -88,3 +88,19 @@ def device(request: pytest.FixtureRequest) -> str:
 def poison() -> Iterator[None]:
     with poisoned():
         yield
+
+
+@pytest.fixture
+def however_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows, too, run together: groups and gated MLPs as one op."""
+    from fastlora import ops
+
+    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+
+
+@pytest.fixture
+def groups_alone(however_few: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups run however few the rows, and MLPs, which have tests of their own, layer by layer."""
+    from fastlora.peft import gated
+
+    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)

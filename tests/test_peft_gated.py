@@ -18,14 +18,9 @@ from torch.nn import functional as F
 from transformers import activations
 
 import fastlora
-from fastlora import ops
 from fastlora.peft.structure import find
 
-
-@pytest.fixture(autouse=True)
-def _as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few the rows, one op."""
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+pytestmark = pytest.mark.usefixtures("however_few")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlora
-from fastlora import ops
 from fastlora.peft.structure import find
 
 LIMITS: dict[str, Any] = {"z": None}
@@ -24,10 +23,7 @@ GET = LIMITS.get
 LIMIT: float | None = None
 
 
-@pytest.fixture(autouse=True)
-def _as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few the rows, one op."""
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+pytestmark = pytest.mark.usefixtures("however_few")
 
 
 class Clipped(Mine):

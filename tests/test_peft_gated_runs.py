@@ -18,11 +18,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import dispatch, ops
 
-
-@pytest.fixture(autouse=True)
-def _as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few the rows, one op."""
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
+pytestmark = pytest.mark.usefixtures("however_few")
 
 
 @pytest.mark.parametrize("targets", [["one"], ["two", "three"], ["three"]])

@@ -16,14 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import ops
-from fastlora.peft import gated
 
-
-@pytest.fixture(autouse=True)
-def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
-    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)  # MLPs as one have tests of their own
+pytestmark = pytest.mark.usefixtures("groups_alone")
 
 
 @pytest.mark.parametrize("family", STRUCTURES)

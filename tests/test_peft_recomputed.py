@@ -30,14 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import ops
-from fastlora.peft import gated
 
-
-@pytest.fixture(autouse=True)
-def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
-    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)  # MLPs as one have tests of their own
+pytestmark = pytest.mark.usefixtures("groups_alone")
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

@@ -14,14 +14,9 @@ from tolerance import assert_all_close
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import functional, ops
-from fastlora.peft import gated
+from fastlora import functional
 
-
-@pytest.fixture(autouse=True)
-def _grouped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "FEW_INPUTS", 0)
-    monkeypatch.setattr(gated._Gated, "fastlora_gated", False)  # MLPs as one have tests of their own
+pytestmark = pytest.mark.usefixtures("groups_alone")
 
 
 def test_masks_of_members_are_independent() -> None:
