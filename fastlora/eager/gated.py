@@ -13,9 +13,6 @@ from fastlora.eager.group import lora_group, lora_group_backward
 from fastlora.eager.linear import lora_backward, lora_linear
 from fastlora.eager.thin import wide_dtype
 
-GatedGrads = tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None, Tensor | None, Tensor | None]
-"""(dx, das, dbs, dg, du, z), each None where nobody asked for it."""
-
 
 def activate(g: Tensor, activation: str) -> Tensor:
     """act(g), a new tensor."""
@@ -94,10 +91,10 @@ def lora_gated_backward(
     want_dbs: Sequence[bool],
     want_inner: bool,
     want_z: bool,
-) -> GatedGrads:
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None], Tensor | None, Tensor | None, Tensor | None]:
     """dx, and da and db of each layer; with want_inner dg and du, with want_z z, as the base's own gradients need them.
 
-    g, u are read for all but down's db alone; the rest as in `lora_group_backward`.
+    g, u are read for all but down's db alone; the rest as in `lora_group_backward`.   Returns dx, das, dbs, dg, du, z.
     """
     before = want_dx or want_inner or any(want_das[:2]) or any(want_dbs[:2])
     w, a, b = ws[2], as_[2], bs[2]

@@ -18,9 +18,6 @@ from fastlora.eager.dropout import drop, drop_
 from fastlora.eager.thin import add_low_rank_, low_rank, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
-JobGrads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dx, da, db), each None where nobody asked for it; da and db of all jobs, one after the other."""
-
 
 class Part(NamedTuple):
     """The rows of one job in the batch: a slice where they lie together, their numbers otherwise."""
@@ -160,8 +157,8 @@ def jobs_backward(
     want_dx: bool,
     want_da: bool,
     want_db: bool,
-) -> JobGrads:
-    """dx, and da and db of each job from its own rows; zero for a job without any.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, and da and db of each job from its own rows, zero for a job without any; each None unless wanted.
 
     x is read for da alone, h for db alone.   biased: whether a job has a lora_bias.   Returns dx: [M, K] in dy's dtype
     (without w the low-rank terms alone), da: [ΣR, K] in a's, db: [ΣR + biases, N] in b's, of each job

@@ -11,9 +11,6 @@ from fastlora.eager.dropout import drop, drop_
 from fastlora.eager.thin import add_low_rank_, low_rank, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dx, da, db), each None where nobody asked for it."""
-
 
 def lora_linear(
     x: Tensor,
@@ -68,8 +65,8 @@ def lora_backward(
     want_dx: bool,
     want_da: bool,
     want_db: bool,
-) -> Grads:
-    """dx, da, db of the layer (w given) or of the low-rank update alone (w None); only what is wanted is computed.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, da, db of the layer (w given) or of the low-rank update alone (w None), each None unless wanted.
 
     x is read for da alone, h for db alone.   Returns dx in dy's dtype, da in a's, db in b's.
     """

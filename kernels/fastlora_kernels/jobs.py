@@ -22,9 +22,6 @@ from fastlora_kernels.multi_outer import multi_outer
 from fastlora_kernels.routing import Drops, Routes, route
 from fastlora_kernels.sizes import cdiv
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dx, da, db), each None where nobody asked for it; da and db of all jobs, one after the other."""
-
 
 def pool_of(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, list[int]]:
     """(pool, starts): one [T, K] tensor in which each job's rows lie together, and the first of each.
@@ -223,8 +220,8 @@ def jobs_backward(
     want_dx: bool,
     want_da: bool,
     want_db: bool,
-) -> Grads:
-    """dx (without w the low-rank terms alone), and da, db of each job from its own rows, zero without any.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx (without w low-rank terms alone), da, db of each job from its own rows, zero without any; None unless wanted.
 
     dy: [M, N], any strides.   x: [M, K], read for da alone.   h: as forward left it, read for db alone.
     Returns dx: [M, K] in dy's dtype, da: [ΣR, K] in a's, db: [ΣR + biases, N] in b's dtype, each job's [N, R] and [N].

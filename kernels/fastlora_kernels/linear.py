@@ -15,9 +15,6 @@ from fastlora_kernels.shrink import shrink
 from fastlora_kernels.tables import strategy
 from fastlora_kernels.x_pass import x_pass
 
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""(dx, da, db), each None where nobody asked for it."""
-
 
 def chosen(kernel: str, x: Tensor, N: int, K: int, R: int, forced: str, masks: int = 0) -> str:
     """ "fused" or "split" for a main GEMM [M, K]·[K, N]: `forced`, or the table's choice when that is "triton"."""
@@ -112,8 +109,8 @@ def lora_backward(
     want_da: bool,
     want_db: bool,
     how: str,
-) -> Grads:
-    """dx, da, db of the layer (w given) or of the low-rank update alone (w None); only what is wanted is computed.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, da, db of the layer (w given) or of the low-rank update alone (w None), each None unless wanted.
 
     dy: [M, N].   x: [M, K], read for da alone.   h: [M, R] fp32 as forward left it, read for db alone.
     Returns dx: [M, K] in dy's dtype, da in a's, db in b's.
