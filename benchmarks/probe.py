@@ -12,7 +12,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import plain
 import torch
+from tolerance import FACTOR, one_rounding, relative_error
 from torch import Tensor
 from torch.nn.functional import silu
 
@@ -20,8 +22,6 @@ import fastlora_kernels as kernels
 from fastlora import reference
 from fastlora_kernels import Drops, Routes, Tile
 from fastlora_kernels.dropout import empty_bits
-from tests import plain
-from tests.tolerance import FACTOR, one_rounding, relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALE = 1.7
