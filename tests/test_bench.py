@@ -169,30 +169,6 @@ def test_the_gate_sees_masks_as_they_are(p: float, dtypes: tuple[str, str]) -> N
             error(wrong)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["liner"], "suite: got 'liner', wanted some of linear, block, step, multi, overhead"),
-        (["linear", "--shape", "llama-9b"], "--shape: got 'llama-9b', wanted one of llama-3-8b, "),
-        (["linear", "--impl", "cublas"], "--impl: got 'cublas', wanted some of frozen, "),
-        (["linear", "--plugin", "nowhere:build"], "--plugin: got 'nowhere:build', wanted module:function"),
-        (["linear", "--set", "huge"], "argument --set: invalid choice: 'huge' (choose from "),
-        (["linear", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
-        (["linear", "--rounds", "0"], "argument --rounds: got '0', wanted a whole number ≥ 1"),
-        (["linear", "--threads", "4096"], "--threads: got 4096, wanted 1 to "),
-        (["linear", "--faster"], "unrecognized arguments: --faster"),
-    ],
-)
-def test_bad_input_is_one_line(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    assert main([*arguments, "--out", str(out)]) == 2
-    shown = capsys.readouterr()
-    assert shown.err.startswith(f"error: {said}") and shown.err.count("\n") == 1
-    assert shown.out == "" and not out.exists()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
 def test_a_device_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["linear", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2

@@ -31,6 +31,15 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["liner"], "suite: got 'liner', wanted some of linear, block, step, multi, overhead"),
+        (["linear", "--shape", "llama-9b"], "--shape: got 'llama-9b', wanted one of llama-3-8b, "),
+        (["linear", "--impl", "cublas"], "--impl: got 'cublas', wanted some of frozen, "),
+        (["linear", "--plugin", "nowhere:build"], "--plugin: got 'nowhere:build', wanted module:function"),
+        (["linear", "--set", "huge"], "argument --set: invalid choice: 'huge' (choose from "),
+        (["linear", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
+        (["linear", "--rounds", "0"], "argument --rounds: got '0', wanted a whole number ≥ 1"),
+        (["linear", "--threads", "4096"], "--threads: got 4096, wanted 1 to "),
+        (["linear", "--faster"], "unrecognized arguments: --faster"),
         (["step", "block", "--plugin", PLUGIN], "--plugin: got step, block, wanted with it any of linear, overhead"),
         (["block", "--shape", "llama-3-8b.q"], "--shape: got block, wanted with it any of linear"),
         (["linear", "--plugin", "that_exits:build"], "--plugin: got 'that_exits:build', wanted module:function that"),
@@ -48,7 +57,7 @@ def test_what_cannot_be_used_is_one_line(
     (tmp_path / "that_fails.py").write_text("raise ZeroDivisionError('in two\\nlines')\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "out"
-    assert main([*arguments, *QUICK, "--out", str(out)]) == 2
+    assert main([*QUICK, *arguments, "--out", str(out)]) == 2
     shown = capsys.readouterr()
     assert shown.err.startswith(f"error: {said}") and shown.err.count("\n") == 1
     assert shown.out == "" and not out.exists()
