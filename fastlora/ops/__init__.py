@@ -10,14 +10,13 @@ from fastlora.eager.few import FEW_INPUTS
 from fastlora.ops.gated import gated_gradients, lora_gated, lora_gated_backward
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
 from fastlora.ops.jobs import jobs_backward, jobs_gradients, jobs_linear, jobs_update
-from fastlora.ops.library import TRITON_DTYPES, kernels, triton_unavailable
+from fastlora.ops.library import kernels, triton_unavailable
 from fastlora.ops.linear import gradients, lora_backward, lora_linear, lora_update
 from fastlora.ops.multi import expand_behind_, multi_linear, multi_update_, shrink_ahead
 
 __all__ = [
     "FEW_INPUTS",
     "GROUP",
-    "TRITON_DTYPES",
     "activate",
     "expand_behind_",
     "few",

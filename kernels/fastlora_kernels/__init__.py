@@ -9,7 +9,6 @@ from fastlora_kernels.glu import glu, glu_backward
 from fastlora_kernels.group import group_backward, group_linear
 from fastlora_kernels.jobs import jobs_backward, jobs_linear, jobs_update
 from fastlora_kernels.linear import lora_backward, lora_linear, lora_update
-from fastlora_kernels.members import GROUP
 from fastlora_kernels.multi import multi_expand, multi_shrink
 from fastlora_kernels.multi_linear import multi_linear
 from fastlora_kernels.multi_outer import multi_outer
@@ -19,7 +18,6 @@ from fastlora_kernels.tables import Tile, strategy, table, tile
 from fastlora_kernels.x_pass import group_x_pass, x_pass
 
 __all__ = [
-    "GROUP",
     "INTERPRET",
     "Drops",
     "Routes",
