@@ -25,7 +25,8 @@ import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from tolerance import assert_all_close, relative_error
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks.clock import Entry
 from benchmarks.contest import Bench, Found, Subject, timed
@@ -40,6 +41,11 @@ MOST_OF_PEFT = 64
 
 EAGER = {"peft": "it picks each adapter's rows by Python lists, a copy to the GPU that no graph holds"}
 """Whom no CUDA graph can hold, and why."""
+
+UNMASKED = "sdpa by a flag"
+"""transformers' own attention, for which it makes no mask: while a graph is captured it takes any batch for a packed
+one, and some twenty small launches would go into each side's step, and into what a ratio is taken over."""
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
 
 LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LAYERS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -191,6 +197,7 @@ def _model(case: Case, device: torch.device) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.mlp, num_hidden_layers=s.layers,
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, use_cache=False,
+        attn_implementation=UNMASKED,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(device, DTYPES[case.dtype]).eval().requires_grad_(False)
 
@@ -261,15 +268,20 @@ def _bank(model: nn.Module, states: States, case: Case) -> Run:
         with bank.use(adapter_names=names):
             return run(tokens)
 
-    def replay(tokens: Tensor) -> Tensor:
-        """By the mapping, as an engine does whose steps are a captured graph: what routes the rows is part of it."""
-        bank.prepare(mapping)
-        try:
-            return run(tokens)
-        finally:
-            bank.prepare(None)
+    return _replayed(bank, mapping, run) if model.device.type == "cuda" else use
 
-    return replay if model.device.type == "cuda" else use
+
+def _replayed(bank: AdapterBank, mapping: Tensor, run: Run) -> Run:
+    """By the mapping, as an engine does whose steps are a captured graph: what routes the rows is part of it.
+
+    The mapping stands from call to call, for to take it back is a routing more, of no row.
+    """
+
+    def replay(tokens: Tensor) -> Tensor:
+        bank.prepare(mapping)
+        return run(tokens)
+
+    return replay
 
 
 class _Gathered(nn.Module):

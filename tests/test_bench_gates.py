@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from models import base_model
 from peft import PeftModel
+from test_bank_launches import Recorded
 
 from benchmarks import block, groups, multi, records, step
 from benchmarks.__main__ import main
 from benchmarks.layers import FLOOR
 from benchmarks.records import Results
+from fastlora import AdapterBank
+from fastlora.standing import Standing
 
 QUICK = ["--device", "cpu", "--set", "tiny", "--rounds", "2", "--threads", "1", "--impl", "fastlora"]
 
@@ -82,6 +86,41 @@ def test_multi_refuses_a_wrong_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(multi, "_bank", wrong)
     (refused,) = refuses("multi", tmp_path)
     assert " fastlora: logits: error " in refused
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_captured_step_of_multi_is_the_step(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers makes a mask while a graph is captured, and else none: it would be timed with every side."""
+    case = multi.Case(multi.SIZES["tiny"], "fp32", tokens, 2, (4,))
+    cpu = torch.device("cpu")
+    model, states = multi._model(case, cpu), [multi._state(case, index, cpu) for index in range(2)]
+    ids = torch.zeros(case.size.requests, tokens, dtype=torch.long)
+    for make in (multi._frozen, multi._gathered, multi._bank):
+        run, done = make(model, states, case), []
+        run(ids)
+        for captures in (False, True):
+            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captures=captures: captures)
+            with Recorded() as recorded:
+                run(ids)
+            done.append(recorded.names)
+        assert done[0] == done[1] and "aten::_local_scalar_dense" not in done[0]
+
+
+def test_a_replayed_step_of_multi_routes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mapping is looked up in every step, as a graph's replay does, and not taken back in the same."""
+    looked = []
+    look = Standing.look
+    monkeypatch.setattr(Standing, "look", lambda self: (looked.append(1), look(self)))
+    base = base_model(layers=1)
+    bank = AdapterBank(base, max_loras=1, max_total_rank=4)
+    mapping = torch.zeros(2, dtype=torch.int32)
+    run = multi._replayed(bank, mapping, lambda ids: base(input_ids=ids).logits)
+    ids = torch.zeros(2, 1, dtype=torch.long)
+    run(ids)
+    looked.clear()
+    run(ids)
+    assert len(looked) == 1
+    bank.prepare(None)
 
 
 def test_a_side_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
