@@ -159,6 +159,11 @@ def report(results: Path, out: Path) -> int:
         device: [read(device / f"{s}.json") for s in SUITES if (device / f"{s}.json").exists()] for device in devices
     }
     outcomes = {device: read_parts(device / "run.json") for device in devices if (device / "run.json").exists()}
+    try:  # before a picture is drawn beside it
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.open("a").close()
+    except OSError as error:
+        raise BadInput(f"--out: got {str(out)!r}, wanted a file that can be written ({error.strerror})") from error
     parts = [HEAD.strip()]
     for device, runs in read_first.items():
         parts.append(f"## {runs[0].stamp['device']}")
@@ -168,7 +173,6 @@ def report(results: Path, out: Path) -> int:
             parts.append(gpu_section(outcomes[device]))
         if runs[0].stamp["kind"] == "cuda":
             parts.append(targets_section(runs, outcomes.get(device, {})))
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(parts) + "\n")
     print(out)
     return 0

@@ -167,14 +167,17 @@ def test_a_malformed_run_is_one_line_and_no_page(tmp_path: Path, capsys: pytest.
     (["compare", "{run}", "{run}", "--impl", "nobody"], "wanted all or one of fastlora, frozen, peft"),
     (["compare", "{run}", "{run}", "--noise", "2"], "--noise: got 2.0"),
     (["report", "--results", "{empty}", "--out", "{empty}/page.md"], "no results, wanted"),
+    (["report", "--results", "{results}", "--out", "{empty}"], "--out: got .*, wanted a file that can be written"),
+    (["report", "--results", "{results}", "--out", "{text}/linear.json/page.md"], "--out: got .*, wanted a file"),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 def test_bad_input_is_one_line_and_no_file(
     words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {name: tmp_path / name for name in ("run", "empty", "text", "version", "fields")}
+    places = {name: tmp_path / name for name in ("run", "results", "empty", "text", "version", "fields")}
     for place in places.values():
         place.mkdir()
     written(places["run"], run_of())
+    written(places["results"] / "a-machine", run_of())
     (places["text"] / "linear.json").write_text("no")
     held = json.loads((places["run"] / "linear.json").read_text())
     (places["version"] / "linear.json").write_text(json.dumps({**held, "stamp": {"format": 99}}))
