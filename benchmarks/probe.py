@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -271,6 +273,24 @@ def refusal(error: Exception) -> str | None:
     if type(error).__module__.startswith("triton") or "Triton" in str(error) or "ptxas" in str(error):
         return f"{type(error).__name__}: {' '.join(str(error).split())[-200:]}"
     return None
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Inside, launches that are only to be compiled, in one of a dozen processes beside the one that measures.
+
+    What is refused here is refused there, and what finds no memory is compiled there. No memory is kept: what a dozen
+    allocators hold on to, up to 4 GiB each, an H100 has not beside the operands of what is measured.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        pass
+    except Exception as error:
+        if refusal(error) is None:
+            raise
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _wait(device: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastlora_kernels as kernels
-from benchmarks.probe import SCALE, Problem, launch, operands, refusal
+from benchmarks.probe import SCALE, Problem, compiling, launch, operands
 from fastlora_kernels import Tile
 
 
@@ -54,13 +54,10 @@ class Race:
 
 def warm_both(race: Race) -> None:
     """Compile both ways by running them once, in a process of its own."""
-    try:
+    with compiling():
         for way in race.ways("cuda").values():
             way()
         torch.cuda.synchronize()
-    except Exception as error:
-        if refusal(error) is None:
-            raise
 
 
 def strategy_rows(measured: list[dict[str, Any]], source: str) -> list[dict[str, Any]]:

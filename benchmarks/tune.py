@@ -27,7 +27,7 @@ import torch
 import fastlora_kernels as kernels
 from benchmarks.adopt import write
 from benchmarks.audit_cases import AXES
-from benchmarks.probe import DTYPES, GEMMS, KERNELS, Problem, Yardstick, launch, operands, refusal
+from benchmarks.probe import DTYPES, GEMMS, KERNELS, Problem, Yardstick, compiling, launch, operands, refusal
 from benchmarks.strategies import Race, on_top, strategy_rows, warm_both
 from fastlora_kernels import Tile, table
 from fastlora_kernels.tables import admits
@@ -200,12 +200,9 @@ class Bench:
 
 def warm(problem: Problem, t: Tile) -> None:
     """Compile into Triton's cache by launching once, in a process of its own."""
-    try:
+    with compiling():
         launch(problem.kernel, operands(problem, "cuda"), t)
         torch.cuda.synchronize()
-    except Exception as error:
-        if refusal(error) is None:
-            raise
 
 
 class Tuner:

@@ -118,17 +118,23 @@ def test_a_race_that_does_not_compile_is_said_and_left_out(
         next(tuner.strategies())
 
 
+@pytest.mark.parametrize("error", [OutOfResources, torch.OutOfMemoryError])
 @pytest.mark.parametrize("warmed, given", [
     (strategies.warm_both, (Race(Problem("expand", 24, 40, 56, 4)),)),
     (tune.warm, (Problem("x", 24, 40, 56, 4), Tile(32))),
 ])  # fmt: skip
-def test_what_is_compiled_ahead_may_be_refused(warmed: Any, given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_ahead_may_be_refused_and_keeps_no_memory(
+    warmed: Any, given: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuses(*_: Any) -> None:
-        raise OutOfResources
+        raise error
 
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     for module in (strategies, tune):
         monkeypatch.setattr(module, "operands", refuses)
     warmed(*given)
+    assert emptied == [1]
 
 
 def test_groups_are_tuned_with_and_without_dropout_and_with_either_adapter() -> None:
