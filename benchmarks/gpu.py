@@ -1,7 +1,8 @@
 """Everything a GPU can tell, part by part, each on its own budget: `make gpu [PARTS="tests tune"] [DEVICE=cpu]`.
 
 Files in $OUT, or under benchmarks/results/<device>/: run.json (what each part came to, rewritten after each), run.log
-(all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves what was written so far.
+(all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves what was written so far,
+and a call for other parts what is there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ OURS = "regex:^_(expand|persistent|dy)_kernel$"
 
 @dataclass
 class Run:
-    """Where the parts write, and what they came to."""
+    """Where the parts write, and what they came to; what an earlier call for other parts left there stays."""
 
     device: str
     out: Path
@@ -50,7 +51,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log = (self.out / "run.log").open("w")
+        self.log = (self.out / "run.log").open("a")
+        with contextlib.suppress(OSError, ValueError):  # none yet, or cut off
+            held = json.loads((self.out / "run.json").read_text())
+            self.outcomes = {part: of for part, of in held.items() if part in PARTS} if isinstance(held, dict) else {}
 
     def own(self, seconds: float) -> str:
         """What a part that stops by itself is told: most of its time on a GPU, a twentieth of it on a CPU."""
@@ -251,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     # a chosen part takes the time of those left out
     run = Run(args.device, out, scale=sum(BUDGETS.values()) / sum(BUDGETS[part] for part in chosen))
+    states = []
     for part in PARTS:
         if part not in chosen:
             continue
@@ -263,11 +268,12 @@ def main(argv: list[str] | None = None) -> int:
             outcome = {"state": "interrupted"}
         outcome["seconds"] = round(time.monotonic() - start, 1)
         run.keep(part, outcome)
+        states.append(outcome["state"])
         print(f"{part:12}{outcome['seconds']:6.1f} s  {outcome['state']}", flush=True)
         if outcome["state"] == "interrupted":
             break
     print(f"written to {out}")
-    return 0 if all(outcome["state"] in ("ok", "skipped") for outcome in run.outcomes.values()) else 1
+    return 0 if all(state in ("ok", "skipped") for state in states) else 1
 
 
 if __name__ == "__main__":

@@ -172,6 +172,28 @@ def test_a_part_that_fails_or_stalls_does_not_stop_the_others(tmp_path: Path, mo
     assert parts["bench"]["seconds"] < 10 and "here" in (tmp_path / "run.log").read_text()
 
 
+def test_a_call_for_other_parts_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tests' failures no more than the log tells; and what failed before is not this call's failure."""
+
+    def says(word: str, code: int) -> Any:
+        def part(run: gpu.Run, seconds: float) -> dict[str, object]:
+            return {"state": gpu._ended(run.command("sh", "-c", f"echo {word}; exit {code}", seconds=5)[0])}
+
+        return part
+
+    monkeypatch.setattr(gpu, "PARTS", {"tests": says("red", 1), "tune": says("fused", 0), "bench": says("slow", 0)})
+    for parts, code in (("tests", 1), ("tune bench", 0)):
+        assert gpu.main(["--parts", parts, "--device", "cpu", "--out", str(tmp_path)]) == code
+    kept = json.loads((tmp_path / "run.json").read_text())
+    assert {name: part["state"] for name, part in kept.items()} == dict(tests="exit code 1", tune="ok", bench="ok")
+    assert [line for line in (tmp_path / "run.log").read_text().splitlines() if line in ("red", "fused", "slow")] == [
+        "red", "fused", "slow",
+    ]  # fmt: skip
+    (tmp_path / "run.json").write_text("[1")
+    assert gpu.main(["--parts", "tune", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert list(json.loads((tmp_path / "run.json").read_text())) == ["tune"]
+
+
 @pytest.mark.parametrize("missing", [("pytest",), ("hypothesis",), ("pytest", "hypothesis")])
 def test_without_what_the_tests_need_they_are_skipped(
     missing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
