@@ -88,7 +88,7 @@ STAMPED: dict[str, tuple[type, ...]] = {
     "suite": (str,), "device": (str,), "kind": (str,), "date": (str,), "threads": (int,), "commit": (str, type(None)),
     "dirty": (bool,), "versions": (dict,), "ceilings": (dict,),
 }  # fmt: skip
-"""What every stamp says and of which type; "refused", the gate's lines, is not in all."""
+"""What every stamp says and of which type; "refused" and "eager", lines of the gate and the clock, are not in all."""
 
 
 def write(path: Path, stamp: dict[str, Any], records: Iterable[Record]) -> None:
@@ -135,9 +135,10 @@ def _check_stamp(path: Path, stamp: dict[str, Any]) -> None:
     copy, rates = stamp["ceilings"].get("copy_gb_s"), stamp["ceilings"].get("matmul_tflop_s")
     if not (positive(copy) and isinstance(rates, dict) and all(map(positive, rates.values()))):
         raise BadInput(f"{path}: the stamp's ceilings are {stamp['ceilings']}, wanted copy_gb_s and matmul_tflop_s > 0")
-    refused = stamp.get("refused", [])
-    if not isinstance(refused, list) or not all(isinstance(line, str) for line in refused):
-        raise BadInput(f"{path}: the stamp's refused is {refused!r}, wanted a list of lines")
+    for name in ("refused", "eager"):
+        lines = stamp.get(name, [])
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise BadInput(f"{path}: the stamp's {name} is {lines!r}, wanted a list of lines")
 
 
 def _record(path: Path, index: int, line: Any) -> Record:

@@ -86,17 +86,24 @@ def case_table(records: list[Record]) -> str:
     return _table(["case", "frozen, ms", *(f"{name} / frozen" for name in names)], rows)
 
 
-def refusals(lines: list[str]) -> str:
-    """What the gate refused, a line for each reason; of cases that share it the later ones say where they differ."""
+NOTES = {
+    "refused": "Refused by the gate, and so not timed",
+    "eager": "Timed as it runs, launch by launch from the host, and the others as CUDA graphs: no graph holds",
+}
+"""What a stamp's lines are about, by its field."""
+
+
+def noted(stamp: dict[str, Any], what: str) -> str:
+    """A stamp's lines, one for each reason; of cases that share it the later ones say where they differ."""
     whose: dict[str, list[str]] = {}
-    for line in lines:
+    for line in stamp.get(what, []):
         who, _, why = line.partition(": ")
         whose.setdefault(why, []).append(who)
     found = []
     for why, names in whose.items():
         first, *rest = dict.fromkeys(names)
         found.append(f"- {', '.join([first, *(_differing(first, name) for name in rest)])}: `{why}`")
-    return "\n".join(["Refused by the gate, and so not timed:\n", *found]) if found else ""
+    return "\n".join([f"{NOTES[what]}:\n", *found]) if found else ""
 
 
 def _differing(first: str, name: str) -> str:
@@ -126,7 +133,7 @@ def section(run: Results, pictures: list[str]) -> str:
         parts += [suite_table(run.records), beside_peft(run.records)]
         if run.stamp["kind"] == "cpu":
             parts.append(verdicts(run.records))
-    parts.append(refusals(run.stamp.get("refused", [])))
+    parts += [noted(run.stamp, what) for what in NOTES]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     return "\n\n".join(part for part in parts if part)
 

@@ -122,6 +122,7 @@ def test_a_case_that_raised_is_lost_and_one_that_was_not_come_to_is_not(tmp_path
     ({"suite": "quick"}, "the stamp's suite is 'quick', wanted one of linear"),
     ({"ceilings": {}}, "the stamp's ceilings are {}, wanted copy_gb_s"),
     ({"refused": "one"}, "the stamp's refused is 'one', wanted a list of lines"),
+    ({"eager": [1]}, "the stamp's eager is [1], wanted a list of lines"),
 ], ids=str)  # fmt: skip
 def test_a_malformed_file_is_one_line_to_compare_and_report(
     change: dict[str, object], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

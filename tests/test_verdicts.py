@@ -64,6 +64,16 @@ def test_refusals_are_in_the_section_and_those_of_one_reason_are_one_line() -> N
     assert "Refused" not in report.section(Results(STAMP, run_of()), [])
 
 
+def test_who_was_timed_without_a_graph_is_in_the_section() -> None:
+    eager = [f"llama batch 64x{tokens} peft forward: it picks rows by lists" for tokens in (1, 128)]
+    text = report.section(Results({**STAMP, "suite": "multi", "eager": eager}, run_of()), [])
+    assert text.endswith(
+        "Timed as it runs, launch by launch from the host, and the others as CUDA graphs: no graph holds:\n\n"
+        "- llama batch 64x1 peft forward, 64x128 peft forward: `it picks rows by lists`"
+    )
+    assert "graph" not in report.section(Results({**STAMP, "suite": "multi", "eager": []}, run_of()), [])
+
+
 SIZES = {
     "q": (4096, 4096),
     "k": (4096, 1024),
