@@ -23,7 +23,7 @@ RESULTS = Path(__file__).with_name("results")
 SOURCES = ("predicted", "measured")
 ARCH = re.compile(r"sm_\d{2,3}|gfx[0-9a-f]{3,5}")
 SLUG = re.compile(r"[a-z0-9][a-z0-9.-]*")
-BOUNDS = {f"{most}{name}" for name in ("M", "N", "K", "R", "masks") for most in ("", "max_")}
+BOUNDS = {f"{most}{name}" for name in ("M", "N", "K", "R", "masks") for most in ("", "min_", "max_")}
 SETS = {"cuda": "gpu", "cpu": "cpu"}
 """The set of cases whose results are kept, by the kind of device: the tiny one is for tests."""
 

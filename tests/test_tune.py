@@ -317,6 +317,19 @@ def test_adopting_installs_and_shows_the_diff(tuned: dict[str, Any], tmp_path: P
     assert adopt.adopt(source, tables, tmp_path / "results") == "interpreter.json: as it is"
 
 
+def test_what_a_gpu_raced_is_adopted(tmp_path: Path) -> None:
+    """With every bound that the tuner gives a row: up to which M from which, of how many masks at the least."""
+    tables, source = tmp_path / "package", tmp_path / "out"
+    shutil.copytree(FOLDER, tables)
+    held = {name: value for name, value in table("sm_90").items() if name != "name"}
+    races = [{**race.sizes, "fused": 1.0 + at % 2, "split": 1.5} for at, race in enumerate(tune.GRIDS["cuda"].races())]
+    held["strategy"] = on_top(strategy_rows(races, "measured"), held["strategy"])
+    adopt.write(source / "tables" / "sm_90.json", held)
+    adopt.adopt(source, tables, tmp_path / "results")
+    assert checked(tables / "sm_90.json") == held
+    assert {"min_M", "min_masks"} <= set().union(*held["strategy"])
+
+
 def spoilt(change: str, held: dict[str, Any]) -> Any:
     row = held["tiles"]["expand"][-1]
     match change:
