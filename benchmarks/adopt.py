@@ -58,6 +58,8 @@ def checked(path: Path) -> dict[str, Any]:
             bounds = set(rows[-1]) - {"source", "tile", "strategy", "why"}
             if bounds:
                 raise BadInput(f"{path}: the last row of {name} has bounds {sorted(bounds)}; it must take every shape")
+            if rows[-1].get("tile", {}).get("tma"):
+                raise BadInput(f"{path}: the last row of {name} has tma; it must take what no descriptor can address")
         if "overlap" in table:
             _check_overlap(path, table["overlap"])
     except (KeyError, TypeError, AttributeError, IndexError) as error:

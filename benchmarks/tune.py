@@ -126,8 +126,11 @@ def stub_clock(launch: Callable[[], Any], t: Tile | None) -> float:
     return 1.0 + abs(math.log2(t.BLOCK_M / 32)) + abs(math.log2(t.BLOCK_N / 32)) + abs(math.log2(t.BLOCK_K / 64))
 
 
-def neighbours(kernel: str, t: Tile) -> list[Tile]:
-    """The tiles one step away on each axis that the kernel reads."""
+def neighbours(kernel: str, t: Tile, last: bool = False) -> list[Tile]:
+    """The tiles one step away on each axis that the kernel reads.
+
+    last: of a table's last row, which takes the operands that no descriptor can address, and so has none.
+    """
     found = []
     gemm, limits = kernel in GEMMS, UNBOUND if kernel == "glu_backward" else LIMITS
     for axis in [f"BLOCK_{letter}" for letter in AXES[kernel]] + ["num_warps"] + ["GROUP_M"] * gemm:
@@ -135,7 +138,8 @@ def neighbours(kernel: str, t: Tile) -> list[Tile]:
         value = getattr(t, axis)
         found += [replace(t, **{axis: v}) for v in (value * 2, value // 2) if least <= v <= most]
     if gemm:
-        found.append(replace(t, tma=not t.tma, specialize=False, flatten=False, programs=1))
+        if not last:
+            found.append(replace(t, tma=not t.tma, specialize=False, flatten=False, programs=1))
         if t.tma:  # what a flattened prologue leaves of shared memory is three stages; two programs halve a tile
             found.append(replace(t, flatten=not t.flatten, num_stages=min(t.num_stages, 3)))
             half = replace(t, BLOCK_N=t.BLOCK_N // 2, num_warps=4, num_stages=2, programs=2)
@@ -248,20 +252,21 @@ class Tuner:
                 return
             row = self.table["tiles"][kernel][index]
             bench, start = Bench(problems, self.device, self.timer), Tile(**row["tile"])
-            best = self.descend(bench, kernel, start)
+            best = self.descend(bench, kernel, start, last=row is self.table["tiles"][kernel][-1])
             if bench.score(best) == math.inf:  # the rows after it still have something to gain
                 yield {"kernel": kernel, "row": index, "from": asdict(start), "to": None, "why": bench.refusals[start]}
                 continue
-            row["tile"] = {name: value for name, value in asdict(best).items() if name in row["tile"] or best != start}
+            was = asdict(start)  # of a tile a row says what it said, and what has changed
+            row["tile"] = {n: value for n, value in asdict(best).items() if n in row["tile"] or value != was[n]}
             row["source"] = self.grid.source
             gain = bench.score(start) / bench.score(best)
             yield {"kernel": kernel, "row": index, "from": asdict(start), "to": asdict(best), "gain": gain}
 
-    def descend(self, bench: Bench, kernel: str, start: Tile) -> Tile:
+    def descend(self, bench: Bench, kernel: str, start: Tile, last: bool = False) -> Tile:
         """Step to the best neighbour until none is better; only those that are quick on the first problem see all."""
         best = start
         while True:
-            around = [t for t in neighbours(kernel, best) if (t, 0) not in bench.times]
+            around = [t for t in neighbours(kernel, best, last) if (t, 0) not in bench.times]
             self.compile(bench.problems[:1], [best, *around])
             for t in [best, *around]:
                 if self.late and t != start:

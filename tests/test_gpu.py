@@ -22,6 +22,7 @@ from benchmarks import gpu, probe
 from benchmarks.probe import SIZES, Problem, launch, operands
 from benchmarks.records import read
 from fastlora_kernels.launch import Launch
+from fastlora_kernels.tables import admits, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -258,7 +259,8 @@ def test_the_sanitizer_sees_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
     M, N, K, R = SIZES["described"]
     for kernel in probe.GEMMS:
         problem = Problem(kernel, M, N, K, R, p=0.1)
-        assert fastlora_kernels.tile(kernel, "sm_90", problem.dtype, **problem.sizes).tma
+        row = next(row for row in table("sm_90")["tiles"][kernel] if admits(row, problem.dtype, **problem.sizes))
+        assert row["tile"].get("tma") or row["source"] == "measured", "a GPU's tuner may have found loads faster"
         assert N % 16 == K % 16 == 0, "what a descriptor takes"
 
 

@@ -15,6 +15,7 @@ import fastlora_kernels as kernels
 from fastlora_kernels.dot import pieces
 from fastlora_kernels.dy_pass import bands, dh_parts, dy_bands
 from fastlora_kernels.shrink import block_r, chunks
+from fastlora_kernels.tables import table
 
 sizes = st.integers(0, 22).flatmap(lambda bits: st.integers(2**bits // 2 + 1, 2**bits))  # as many small as large
 blocks = st.sampled_from([16, 32, 64, 128])
@@ -67,6 +68,8 @@ def test_rank_blocks(R: int, members: int) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_a_second_mask_halves_the_tile_of_a_groups_dx(arch: str) -> None:
+    if any(row["source"] == "measured" for row in table(arch)["tiles"]["group_dx"]):
+        pytest.skip("a GPU's clock has chosen; whether a tile spills is the audit's to say")
     for tma in (True, False):
         one, two = (kernels.tile("group_dx", arch, bf16, 8192, 4096, 16, tma, masks) for masks in (1, 2))
         assert one.BLOCK_M * one.BLOCK_N == 2 * two.BLOCK_M * two.BLOCK_N and one.tma == two.tma == tma
@@ -145,8 +148,10 @@ def test_an_unknown_gpu_gets_the_defaults(M: int, N: int, R: int) -> None:
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("kernel", ["expand", "dx", "group_dx"])
 def test_large_16_bit_gemms_take_descriptors_from_hopper_on(kernel: str, arch: str) -> None:
+    assert not kernels.tile(kernel, arch, fp32, 8192, 4096, 16).tma
+    if any(row["source"] == "measured" for row in table(arch)["tiles"][kernel]):
+        pytest.skip("a GPU's clock has chosen")
     for dtype in (fp16, bf16):
         assert kernels.tile(kernel, arch, dtype, 513, 4096, 16).tma
         assert not kernels.tile(kernel, arch, dtype, 512, 4096, 16).tma
         assert not kernels.tile(kernel, "sm_80", dtype, 8192, 4096, 16).tma
-    assert not kernels.tile(kernel, arch, fp32, 8192, 4096, 16).tma

@@ -58,6 +58,8 @@ def test_each_kernel_reaches_the_best_tile(tuned: dict[str, Any]) -> None:
         walked = {f"BLOCK_{axis}" for axis in tune.AXES[kernel]} & set(best)
         assert {axis: rows[0]["tile"][axis] for axis in walked} == {axis: best[axis] for axis in walked}, kernel
         assert rows[0]["source"] == "stub clock"
+        asked = {"tma", "flatten", "programs"} & set().union(*(row["tile"] for row in rows))
+        assert kernel in GEMMS or not asked, "a row says what it said before, and what has changed"
 
 
 def test_a_tile_that_computes_wrong_or_does_not_compile_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,11 +150,11 @@ def test_groups_are_tuned_with_and_without_dropout_and_with_either_adapter() -> 
         assert forms[0] == (qkv, "bf16", 0.1)
         for i, j in itertools.combinations(range(3), 2):
             assert len({(form[i], form[j]) for form in forms[:4]}) == 4
-    found = Tuner("sm_90", "cuda", stub_clock, time.monotonic()).rows()
+    found = Tuner("sm_100", "cuda", stub_clock, time.monotonic()).rows()  # a table that no GPU has changed
     assert {kernel for kernel, _, _ in found} == set(tune.KERNELS)
     assert [kernel for kernel, _, _ in found[:5]] == ["group_shrink", "group_x", "group_dy", "expand", "dx"]
     for kernel, index, problems in found[:7]:
-        assert len(problems) == 4 and table("sm_90")["tiles"][kernel][index]["tile"].get("tma", kernel not in GEMMS)
+        assert len(problems) == 4 and table("sm_100")["tiles"][kernel][index]["tile"].get("tma", kernel not in GEMMS)
     masked = [{problem.masks for problem in problems} for kernel, _, problems in found if kernel == "group_dx"]
     assert masked == [{0}, {2, 3}]
 
@@ -210,6 +212,13 @@ def test_rows_are_tuned_on_problems_that_reach_them(arch: str) -> None:
                 assert tile(kernel, arch, problem.dtype, **problem.sizes) == Tile(**row["tile"])
 
 
+def test_only_the_last_row_is_tuned_as_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, asked = Tuner("sm_90", "cpu", stub_clock, time.monotonic() + 300, grid=SMALL), []
+    monkeypatch.setattr(tune, "KERNELS", ("expand", "x"))
+    monkeypatch.setattr(tune, "neighbours", lambda kernel, t, last: asked.append((kernel, last)) or [])
+    assert [found["row"] for found in tuner.tiles()] == [5, 3] and asked == [("expand", True), ("x", False)]
+
+
 def test_neighbours_are_one_step_away_and_lawful() -> None:
     start = Tile(16, 256, 64, num_warps=8, num_stages=1)
     around = neighbours("expand", start)
@@ -223,6 +232,7 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
         "dx", described
     )
     assert not any(t.flatten or t.programs > 1 for t in neighbours("dx", described) if not t.tma)
+    assert any(t.tma for t in around) and not any(t.tma for t in neighbours("expand", start, last=True))
 
 
 def raced(kernel: str, M: int, fused: float, split: float, masks: int = 0, N: int = 64, K: int = 48) -> dict[str, Any]:
@@ -337,6 +347,8 @@ def spoilt(change: str, held: dict[str, Any]) -> Any:
             row["source"] = "stub clock"
         case "bounds":
             row["max_M"] = 64
+        case "descriptors":
+            row["tile"]["tma"] = True
         case "field":
             row["tile"]["BLOCK_Q"] = 64
         case "kernel":
@@ -350,8 +362,9 @@ def spoilt(change: str, held: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("change, said", [
     ("clock", "source 'stub clock', wanted"),
-    ("bounds", "the last row of expand has bounds"), ("shape", "got parts|not a"),
-    ("field", "unknown fields"), ("kernel", "got parts"), ("way", "'both', wanted 'fused' or 'split'"),
+    ("bounds", "the last row of expand has bounds"), ("descriptors", "the last row of expand has tma"),
+    ("shape", "got parts|not a"), ("field", "unknown fields"), ("kernel", "got parts"),
+    ("way", "'both', wanted 'fused' or 'split'"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_and_nothing_is_installed(change: str, said: str, tmp_path: Path) -> None:
     held = {name: value for name, value in table("sm_90").items() if name != "name"}
