@@ -53,7 +53,20 @@ class _AtOnce:
             print(f"\n{report.nodeid}\n" + "\n".join(report.longreprtext.splitlines()[-12:]), flush=True)
 
 
+class _Afresh:
+    """Ends a worker whose GPU no longer answers it, as after an illegal access: every later test of it would fail too,
+    where xdist starts another in its place."""
+
+    def pytest_runtest_logfinish(self) -> None:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") and torch.cuda.is_available():
+        config.pluginmanager.register(_Afresh())
     if config.option.tbstyle == "no" and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_AtOnce())
 

@@ -205,6 +205,43 @@ def test_without_what_the_tests_need_they_are_skipped(
     assert part["state"] == "skipped" and part["why"] == f"{' and '.join(missing)} not installed"
 
 
+BROKEN = """
+import pathlib
+import torch
+
+torch.cuda.is_available = lambda: True
+broken = []
+
+
+def synchronize():
+    if broken:
+        raise torch.AcceleratorError("an illegal memory access")
+
+
+torch.cuda.synchronize = synchronize
+
+
+def test_first(): pass
+def test_that_breaks(): broken.append(1); synchronize()
+def test_after(): synchronize()
+def test_last(): synchronize()
+"""
+
+
+def test_one_illegal_access_is_one_tests_failure(tmp_path: Path) -> None:
+    """The worker that it leaves without a GPU is replaced."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    words = ["-p", "broken", "-p", "conftest", "-n", "1", "-v", "--tb=no", "-p", "no:cacheprovider", "-c", os.devnull]
+    paths = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests", ROOT / "kernels")))
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "--rootdir", str(tmp_path), str(tmp_path / "broken.py")],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "replacing crashed worker" in done.stdout, done.stdout + done.stderr
+    assert set(re.findall(r"PASSED .*::(\w+)", done.stdout)) == {"test_first", "test_after", "test_last"}
+    assert set(re.findall(r"FAILED .*::(\w+)", done.stdout)) == {"test_that_breaks"}
+
+
 def test_a_part_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that it started and left, nor those that run side by side when one is out of time."""
     monkeypatch.setenv("OUT", str(tmp_path))
