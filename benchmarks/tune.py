@@ -39,6 +39,9 @@ LIMITS = {
     **{f"BLOCK_{axis}": (16, 256) for axis in "MNK"},
     **{"BLOCK_R": (16, 64), "num_warps": (2, 8), "GROUP_M": (2, 64)},
 }
+ACCUMULATED = 128
+"""fp32 sums of a GEMM's tile that a lane may hold. Of 256 Triton spills 2.7 KB at the least (sm_90), which the audit
+refuses, and takes up to 40 s for it, while the other processes wait."""
 UNBOUND = LIMITS | {"BLOCK_M": (1, 256), "BLOCK_K": (16, 1024)}
 """Those of glu_backward, which has no matmul."""
 WORTH = 0.98
@@ -144,6 +147,7 @@ def neighbours(kernel: str, t: Tile, last: bool = False) -> list[Tile]:
             found.append(replace(t, flatten=not t.flatten, num_stages=min(t.num_stages, 3)))
             half = replace(t, BLOCK_N=t.BLOCK_N // 2, num_warps=4, num_stages=2, programs=2)
             found += [half] * (t.programs == 1 and t.BLOCK_N >= 64)
+        found = [n for n in found if 32 * n.num_warps * ACCUMULATED >= n.BLOCK_M * n.BLOCK_N]
     return found + [replace(t, num_stages=n) for n in (t.num_stages + 1, t.num_stages - 1) if 1 <= n <= 5]
 
 

@@ -232,6 +232,7 @@ def test_neighbours_are_one_step_away_and_lawful() -> None:
         "dx", described
     )
     assert not any(t.flatten or t.programs > 1 for t in neighbours("dx", described) if not t.tma)
+    assert not any(4096 * t.num_warps < t.BLOCK_M * t.BLOCK_N for t in neighbours("dx", described))
     assert any(t.tma for t in around) and not any(t.tma for t in neighbours("expand", start, last=True))
 
 
