@@ -199,7 +199,8 @@ def _model(case: Case, device: torch.device) -> LlamaForCausalLM:
         num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, use_cache=False,
         attn_implementation=UNMASKED,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(device, DTYPES[case.dtype]).eval().requires_grad_(False)
+    with device:  # a CPU takes seconds to draw what a GPU's model has
+        return LlamaForCausalLM(config).to(device, DTYPES[case.dtype]).eval().requires_grad_(False)
 
 
 def _twin(model: nn.Module) -> Any:

@@ -130,7 +130,8 @@ def _model(case: Case, device: torch.device) -> PeftModel:
         use_cache=False,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=case.p, target_modules="all-linear")
-    base = LlamaForCausalLM(config).to(device, DTYPES[case.dtype])
+    with device:  # a CPU takes seconds to draw what a GPU's model has
+        base = LlamaForCausalLM(config).to(device, DTYPES[case.dtype])
     model = get_peft_model(base, lora, autocast_adapter_dtype=case.adapter_dtype == "fp32")
     model.enable_input_require_grads()
     for name, parameter in model.named_parameters():

@@ -123,6 +123,24 @@ def test_a_replayed_step_of_multi_routes_once(monkeypatch: pytest.MonkeyPatch) -
     bank.prepare(None)
 
 
+@pytest.mark.parametrize("make, case", [
+    (multi._model, multi.Case(multi.SIZES["tiny"], "fp32", 1, 1)),
+    (step._model, step.Case(step.SIZES["tiny"][0], "fp32", "fp32", 0.0)),
+])  # fmt: skip
+def test_a_models_weights_are_drawn_where_it_lies(make: Any, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU draws 436 million in five to ten seconds, in each case anew; a suite has 25 of a GPU's time."""
+    drawn = []
+    init = torch.nn.Linear.__init__
+
+    def watched(self: Any, *sizes: Any, **how: Any) -> None:
+        init(self, *sizes, **how)
+        drawn.append(self.weight.device.type)
+
+    monkeypatch.setattr(torch.nn.Linear, "__init__", watched)
+    make(case, torch.device("meta"))
+    assert drawn[:8] == ["meta"] * 8
+
+
 def test_a_side_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Any:
         raise RuntimeError("no such layer")
