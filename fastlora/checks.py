@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, nn
 from torch._C import _are_functorch_transforms_active as transformed
 from torch.autograd import forward_ad
 
@@ -115,8 +115,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
             "fastlora.reference has the same signatures in plain torch, and a layer that fastlora.patch took runs "
             "PEFT's own forward there"
         )
-    device = "cpu" if x.is_cpu else x.device.type
-    if x.dtype == torch.float64 or x.is_meta or not torch.is_autocast_enabled(device):
+    if x.is_cpu:
+        device = "cpu"
+    elif x.is_meta:
+        return None
+    else:
+        device = x.device.type
+    if not is_autocast_enabled(device) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(device)
 

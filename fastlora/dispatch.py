@@ -103,6 +103,8 @@ def backend_for(x: Tensor, asked: str | None = None, drops: bool = False) -> str
 
     drops: whether dropout is on, whose mask is the kernels'.   A traced graph does not choose: M would be a guard.
     """
+    if x.is_cpu and asked is None and env.backend is None:  # the usual case, past three more questions
+        return "torch"
     where = backend_of(x, asked)
     chosen = asked or env.backend or drops or where == "torch" or not x.is_cuda
     return where if chosen or torch.compiler.is_compiling() or not few_rows(x) else "torch"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from gating import MLP, family, gated_calls, mine
+from grouping import group_calls, nothing_left
 from models import assert_parity, batch, lora_config, lora_layers, peft_model, step, through_torch_save
 from peft import LoraConfig
 from torch import Tensor, nn
@@ -205,6 +206,30 @@ def test_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(dispatch.env, "disable", True)
         model(**inputs)
         assert calls.call_count == 1
+
+
+def test_siblings_in_an_mlp_that_runs_layer_by_layer() -> None:
+    """gate and up are one group without a hook on the MLP, whose forward is ours; what an exception leaves is gone."""
+    model, inputs = peft_model(), batch()
+    fastlora.patch(model)
+    mlp = model.get_submodule(MLP)
+    assert not mlp._forward_hooks and not mlp._forward_pre_hooks
+    with group_calls() as calls, torch.no_grad():
+        model(**inputs)
+        fused = calls.call_count
+        mlp.fastlora_gated = False
+        model(**inputs)
+        assert calls.call_count == 2 * fused + 1
+    assert nothing_left()
+    handle = mlp.gate_proj.register_forward_hook(raises)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        mlp(torch.randn(2, 64))
+    handle.remove()
+    assert nothing_left()
+
+
+def raises(module: nn.Module, args: Any, output: Any) -> None:
+    raise RuntimeError("on purpose")
 
 
 def test_few_rows_run_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:

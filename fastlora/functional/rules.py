@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_tracing
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import ops
@@ -35,7 +36,7 @@ def traced() -> bool:
 
     Also without gradients: torch.jit.trace checks a trace by another one without them. Its file needs fastlora.
     """
-    return torch.compiler.is_compiling() or _is_tracing()
+    return is_compiling() or _is_tracing()
 
 
 def face(name: str, x: Tensor) -> Any:

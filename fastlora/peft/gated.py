@@ -18,10 +18,13 @@ from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
 from fastlora.functional import Projection
 from fastlora.peft.judge import LIBRARY, Plan, autocast_of, hooked, judge, judge_call, own, plain_weight
+from fastlora.peft.siblings import enter, forget
 from fastlora.peft.structure import Structure, find, looks_like_one
 
 OPT_OUT = "fastlora_gated"
 """Set to False on a module, at any time: it runs layer by layer."""
+
+FEW = "few rows: calls cost more than arithmetic"
 
 
 class _Gated(nn.Module):
@@ -29,6 +32,7 @@ class _Gated(nn.Module):
 
     _structure: Structure | None = None
     fastlora_gated = True
+    enters = True  # its siblings need no hooks: 16 µs of a cold call
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """y = down(act(gate(x)) * up(x)) of x: [..., K]."""
@@ -37,8 +41,14 @@ class _Gated(nn.Module):
         structure = self._structure
         x: Any = _only(structure.x, args, kwargs) if structure is not None else None
         layers = projections(self, x) if x is not None else "further arguments"
-        if structure is None or isinstance(layers, str):
+        if layers == FEW:
             return super().forward(*args, **kwargs)
+        if structure is None or isinstance(layers, str):
+            enter(self, args)
+            try:
+                return super().forward(*args, **kwargs)
+            finally:
+                forget(self, args, None)
         gate, up, down = layers
         return functional.lora_gated_mlp(x, gate, up, down, structure.activation)
 
@@ -95,6 +105,8 @@ def projections(module: Any, x: Tensor | None = None) -> list[Projection] | str:
         return "FASTLORA_DISABLE=1"
     if module.fastlora_gated is False:
         return f"{OPT_OUT} is False"
+    if isinstance(x, Tensor) and not functional.together(x, dispatch.backend_for(x), 2):
+        return FEW
     changed = _changed(module, structure)
     if changed is not None:
         return changed
@@ -111,8 +123,6 @@ def projections(module: Any, x: Tensor | None = None) -> list[Projection] | str:
             layers.append(Projection(plan.weight, bias))  # type: ignore[arg-type]
     if all(layer.lora_A is None for layer in layers):
         return "no active adapter in it"
-    if x is not None and not functional.together(x, dispatch.backend_for(x), 2):
-        return "few rows: calls cost more than arithmetic"
     return layers
 
 

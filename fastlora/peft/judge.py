@@ -11,6 +11,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transformed
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
@@ -210,7 +211,7 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
 
 def judge_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | str:
     """`judge` for one call of a layer whose adapters are enabled."""
-    if not (args or kwargs or torch.compiler.is_compiling()):
+    if not (args or kwargs or is_compiling()):
         usual = _usual(layer, x)
         if usual is not None:
             return usual

@@ -107,9 +107,9 @@ def patch(
         if name not in report.skipped:
             path, why = path_of(layer)
             report.patched[name] = path if path == "fused" else f"{path} ({why})"
+    report.gated, report.ungated = gate(model, set(map(id, layers.values())), gated)
     for names in report.groups:
         join(model, names, plain)
-    report.gated, report.ungated = gate(model, set(map(id, layers.values())), gated)
     return report
 
 

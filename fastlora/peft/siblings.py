@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks as saving_hooks
+from torch.compiler import is_compiling
 
 from fastlora import dispatch, functional
 from fastlora.groups import owner
@@ -57,17 +59,17 @@ _traced = _Slot()
 
 
 def _slot() -> _Slot:
-    return _traced if torch.compiler.is_compiling() else _here
+    return _traced if is_compiling() else _here
 
 
 def _saving() -> tuple[Any, ...]:
     """Whether tensors are kept for backward, and by which hooks: those of a checkpoint are its own."""
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return is_grad_enabled(), saving_hooks(False)
 
 
 def enter(caller: Any, args: Any) -> None:
     """A hook on who calls the siblings: from here on `forget` will come."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _here.callers.append(_saving())
 
 
@@ -75,7 +77,7 @@ def forget(caller: Any, args: Any, output: Any) -> None:
     """A hook on who calls the siblings: what nobody fetched is dropped when its forward ends, however it ends."""
     if _traced.left is not None:  # which a graph that ends between siblings leaves to those who run it
         _traced.left = None
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         _here.left = None
         del _here.callers[-1:]
 
@@ -112,13 +114,13 @@ def _modes(x: Tensor) -> tuple[Any, ...]:
     A checkpoint keeps those of its own frame, and recomputes what it saw: a layer in it, whose sibling was called
     outside, has to run inside.
     """
-    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return torch.is_grad_enabled(), x.requires_grad, autocast_of(x), hooks
+    hooks = None if is_compiling() else saving_hooks(False)
+    return is_grad_enabled(), x.requires_grad, autocast_of(x), hooks
 
 
 def _key(plan: Plan) -> Any:
     """What a layer would run, down to the versions of its tensors."""
-    if torch.compiler.is_compiling():  # which guards on all of it
+    if is_compiling():  # which guards on all of it
         return None
     tensors = [plan.weight, own(plan.base, "bias")]
     numbers: list[Any] = []
@@ -160,7 +162,9 @@ class Siblings:
 
     def run(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
         """The layer's output, its own or what a sibling left; None where it runs by itself."""
-        compiling = torch.compiler.is_compiling()
+        if not self.together(x):
+            return None
+        compiling = is_compiling()
         if _opaque_to_the_compiler() if compiling else _here.callers[-1:] != [_saving()]:
             return None
         slot = _slot()
@@ -184,11 +188,14 @@ class Siblings:
         slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
         return y
 
+    def together(self, x: Tensor) -> bool:
+        return functional.together(x, dispatch.backend_for(x), len(self.layers))
+
     def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
         """What every member would run on x; or why they run one by one.   plan: of the member at index."""
-        if not functional.together(x, dispatch.backend_for(x), len(self.layers)):
+        if not self.together(x):
             return "few rows: calls cost more than arithmetic"
-        if not torch.compiler.is_compiling() and x.is_inference():
+        if not is_compiling() and x.is_inference():
             return "an inference tensor does not tell when it has changed"
         plans = []
         for i, reference in enumerate(self.layers):
@@ -237,6 +244,8 @@ def join(model: nn.Module, names: Sequence[str], layers: dict[str, Any]) -> None
     """Make siblings of the named layers, and let the module that calls them forget what nobody fetched."""
     siblings = Siblings([layers[name] for name in names])
     caller = owner(model, names)[0]
+    if getattr(caller, "enters", False):
+        return
     for handle in (
         caller.register_forward_pre_hook(enter, prepend=True),
         caller.register_forward_hook(forget, always_call=True),
