@@ -1,5 +1,8 @@
 """Suite `step`: a whole training step of a small Llama through PEFT, its LoRA layers PEFT's own or patched.
 
+And one token a sequence in evaluation, as a decode step is: there it is calls that cost, of a model whose weights push
+Python's own code out of the caches between two layers.
+
 The sides' models are copies of one, bit for bit: they differ in the class of the LoRA layers, or in whether adapters
 are on. The frozen model runs without adapters, its backward from the loss down to the embeddings' output, as every
 side's does. On a CPU nothing is flushed between two steps: what a side finds in the caches is what its own step and the
@@ -66,9 +69,12 @@ class Case:
 
     @property
     def name(self) -> str:
+        return self.of(self.size.tokens)
+
+    def of(self, tokens: int) -> str:
         s = self.size
         dtypes = mix(self.dtype, self.adapter_dtype)
-        return f"llama {s.layers}x{s.hidden} batch {s.batch}x{s.tokens} r{RANK} {dtypes} p{self.p:g}"
+        return f"llama {s.layers}x{s.hidden} batch {s.batch}x{tokens} r{RANK} {dtypes} p{self.p:g}"
 
 
 def cases(bench: Bench) -> list[Case]:
@@ -107,19 +113,32 @@ def measure(case: Case, bench: Bench) -> Found:
         except Exception as error:
             found.refuse(case.name, impl, error)
             del sides[impl]
-    tokens = _tokens(case, bench.machine.device)
-    M = case.size.batch * case.size.tokens
-    subject = Subject("step", case.name, M, 0, 0, RANK, case.dtype, case.adapter_dtype, case.p)
-    timed(subject, {impl: partial(_entries, impl, model, tokens) for impl in sides}, bench, found, errors)
+    whole = _tokens(case, bench.machine.device)
+    for tokens, entries in ((whole, _steps), (whole[:, :1], _decodes))[: 1 if case.p else 2]:
+        name = case.of(tokens.shape[1])
+        subject = Subject("step", name, tokens.numel(), 0, 0, RANK, case.dtype, case.adapter_dtype, case.p)
+        timed(subject, {impl: partial(entries, impl, model, tokens) for impl in sides}, bench, found, errors)
     return found
 
 
-def _entries(impl: str, model: PeftModel, tokens: Tensor) -> Iterator[Entry]:
+def _steps(impl: str, model: PeftModel, tokens: Tensor) -> Iterator[Entry]:
     """On a model of its own: nobody is patched between two steps."""
     own = copy.deepcopy(model)
     step = _step(own, tokens)
     SIDES[impl](own)
     yield Entry(impl, "step", step, eager="AdamW counts its steps on the host")
+
+
+def _decodes(impl: str, model: PeftModel, tokens: Tensor) -> Iterator[Entry]:
+    own = copy.deepcopy(model).eval()
+    SIDES[impl](own)
+
+    def decode(_: object) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = own(input_ids=tokens).logits
+        return logits
+
+    yield Entry(impl, "decode", decode, eager="transformers decodes from the host")
 
 
 def _model(case: Case, device: torch.device) -> PeftModel:
@@ -179,4 +198,6 @@ def _results(model: PeftModel, tokens: Tensor) -> dict[str, Tensor]:
     out.loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return {"logits": out.logits.detach(), **grads}
+    with torch.no_grad():
+        decoded = model(input_ids=tokens[:, :1]).logits
+    return {"logits": out.logits.detach(), "decoded": decoded, **grads}

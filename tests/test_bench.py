@@ -65,6 +65,8 @@ def test_the_tiny_set_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert {r.pass_ for r in linears.records} == {"forward", "backward", "both"}
     assert all(r.rel_error and r.roof_fraction and r.peak_mb is not None for r in linears.records)
     assert "unsloth-style" not in {r.impl for r in linears.records if r.p > 0}, "it has no dropout"
+    steps = records.read(tmp_path / "step.json")
+    assert {(r.pass_, r.p, r.M) for r in steps.records} == {("step", 0.0, 16), ("step", 0.1, 16), ("decode", 0.0, 2)}
 
 
 def test_the_files_are_the_contract(tmp_path: Path) -> None:

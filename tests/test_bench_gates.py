@@ -76,6 +76,23 @@ def test_step_refuses_a_wrong_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(refused) == 2 and all(" fastlora: " in line and "error" in line for line in refused)
 
 
+def test_step_refuses_a_model_that_is_wrong_for_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What decodes is gated, too: few rows run on a path of their own."""
+    patched = step.SIDES["fastlora"]
+
+    def off(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 1:
+            output.logits.mul_(1.01)
+
+    def wrong(model: PeftModel) -> None:
+        patched(model)
+        model.register_forward_hook(off, with_kwargs=True)
+
+    monkeypatch.setitem(step.SIDES, "fastlora", wrong)
+    refused = refuses("step", tmp_path)
+    assert len(refused) == 2 and all(" fastlora: decoded: " in line for line in refused), refused
+
+
 def test_multi_refuses_a_wrong_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bank = multi._bank
 
