@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import inspect
 import logging
 import random
 import sys
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -70,8 +73,12 @@ def trace(
     reason = None  # the first guess's, if all fail: it was the likeliest
     for guess in [inputs] if inputs is not None else _guesses(model, layers, ids):
         calls.clear()
+        made: list[weakref.ref[Tensor]] = []
         with _quiet(model, layers, calls, training):
-            failed = _trace(model, guess)
+            failed = _trace(model, guess, made)
+        told = {id(call.x): torch.empty(call.x.shape, dtype=call.x.dtype, device="meta") for call in calls}
+        calls[:] = [call._replace(x=told[id(call.x)]) for call in calls]  # so that nothing of the trace need be left
+        _forget(made)
         if failed is None:
             return calls, None
         reason = reason or failed
@@ -215,12 +222,53 @@ class Unwritten(TorchDispatchMode):
 
 
 class _Experts(TorchDispatchMode):
-    """Inside, experts' grouped product has its shape in every dtype, where torch's rule for it knows bf16 alone."""
+    """Inside, experts' grouped product has its shape in every dtype, where torch's rule for it knows bf16 alone.
+
+    made: what ops give, noted.
+    """
+
+    def __init__(self, made: list[weakref.ref[Tensor]]) -> None:
+        super().__init__()
+        self.made = made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].dim() == 2 and args[1].dim() == 3:
             return args[0].new_empty(len(args[0]), args[1].shape[2])
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.made.extend(weakref.ref(t) for t in tree_leaves(out) if isinstance(t, FakeTensor))
+        return out
+
+
+def _forget(made: list[weakref.ref[Tensor]]) -> None:
+    """Empty every lru_cache that holds a tensor of a trace: it would give it to all who ask, and they have no data.
+
+    Transformers' vision models keep positions so, for all models of a class.   made: what the trace made. Where it is
+    all gone, as nearly always, nothing is looked for.
+    """
+    if all(reference() is None for reference in made):
+        return
+    for cache in _caches():
+        if _holds(gc.get_referents(cache), _NESTED):
+            cache.cache_clear()
+
+
+def _caches() -> list[Any]:
+    """Every lru_cache: what the collector lists and, since it lists nothing that was frozen, what modules and classes
+    name, themselves or behind a decorator.   By type: isinstance may ask one of torch's proxies, which then warns."""
+    spaces = [dict(vars(module)) for module in list(sys.modules.values()) if issubclass(type(module), ModuleType)]
+    named = [value for space in spaces for value in space.values()]
+    named += [value for kind in named if issubclass(type(kind), type) for value in dict(vars(kind)).values()]
+    named = [value.__func__ if type(value) in (staticmethod, classmethod) else value for value in named]
+    cells = [cell for value in named if type(value) is FunctionType for cell in value.__closure__ or ()]
+    inner = [value for cell in cells for value in gc.get_referents(cell)]
+    found = [value for value in (*gc.get_objects(), *named, *inner) if type(value) is functools._lru_cache_wrapper]
+    return list({id(cache): cache for cache in found}.values())
+
+
+def _holds(values: Collection[Any], depth: int) -> bool:
+    """Whether a tensor without storage is among the values, or in the containers among them."""
+    inner = [v.values() if isinstance(v, dict) else v for v in values if depth and isinstance(v, (tuple, list, dict))]
+    return any(isinstance(v, FakeTensor) for v in values) or any(_holds(each, depth - 1) for each in inner)
 
 
 def _storage(t: Tensor) -> int:
@@ -241,15 +289,18 @@ def _out_features(layer: nn.Module) -> Any:
     return getattr(layer, "out_features", getattr(layer, "nf", None))
 
 
-def _trace(model: nn.Module, inputs: dict[str, Any]) -> str | None:
-    """Run the model once on tensors without storage, uncompiled.   Returns why that failed, and says it alone."""
+def _trace(model: nn.Module, inputs: dict[str, Any], made: list[weakref.ref[Tensor]]) -> str | None:
+    """Run the model once on tensors without storage, uncompiled.   Returns why that failed, and says it alone.
+
+    made: gets the tensors that the run makes.
+    """
     told, _TORCHS_LOG.disabled = _TORCHS_LOG.disabled, True
     try:
         with (
             torch.no_grad(),
             FakeTensorMode(allow_non_fake_inputs=True) as mode,
             Unwritten(),  # arithmetic of a buffer and a number runs on the buffer itself, and so do versions
-            _Experts(),
+            _Experts(made),
             torch.compiler.set_stance("force_eager"),
         ):
             # of a tensor with storage, a change in place would not be seen; ids keep theirs: models look at them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import random
 from typing import Any
@@ -227,6 +228,31 @@ def test_patch_writes_into_no_tensor_and_counts_nothing() -> None:
     values, versions, calls, appended = counts(inner)
     assert values == [4, [6], [4.0, 2.0], [2.0, 2.0], [0.0, 0.0]] and (calls, appended) == (1, 2)
     assert all(now > then for now, then in zip(versions, before[1], strict=True))
+
+
+@functools.lru_cache(maxsize=4)
+def positions(rows: int, dtype: torch.dtype) -> dict[str, tuple[Tensor, ...]]:
+    """As transformers' vision models keep theirs, for all models of a class."""
+    return {"places": (torch.arange(rows, dtype=dtype)[:, None],)}
+
+
+def test_patch_leaves_no_tensor_without_storage_in_a_cache_of_all_models() -> None:
+    """A model's next forward, and that of a model that was never patched, has numbers."""
+
+    class Model(Three):
+        def between(self, x: Tensor) -> Tensor:
+            (places,) = positions(len(x), x.dtype)["places"]
+            return x.add_(self.this(places.expand(-1, K)))
+
+    positions.cache_clear()
+    model, x = wrap(Model()), torch.randn(2, K)
+    expected = copy.deepcopy(model)(x.clone())
+    positions.cache_clear()
+    assert found(model, inputs={"x": x}) == {"that other"}
+    assert all(type(model(x.clone())) is Tensor for model in (copy.deepcopy(model), model))
+    assert torch.equal(model(x.clone()), expected) and positions.cache_info().hits == 2
+    assert found(model, inputs={"x": x}) == {"that other"}
+    assert positions.cache_info().hits == 4, "a cache without such tensors stays as it was"
 
 
 def test_the_report_prints_groups() -> None:
