@@ -131,6 +131,8 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
         _note(vars(module), before, _NESTED)
     random_state, numpy = random.getstate(), sys.modules.get("numpy")  # which torch does without
     numpy_state = numpy.random.get_state() if numpy else None
+    held = [value for container, _ in before.values() for value in _values(container)]
+    rewinds = [rewind for value in held if (rewind := _rewind(value)) is not None]
     try:
         with torch.random.fork_rng(devices=()):
             yield lambda: any(_ids(container) != _ids(content) for container, content in before.values())
@@ -138,10 +140,31 @@ def unchanged(model: nn.Module) -> Iterator[Callable[[], bool]]:
         random.setstate(random_state)
         if numpy:
             numpy.random.set_state(numpy_state)
+        for rewind in rewinds:
+            rewind()
         for container, content in before.values():
             if _ids(container) != _ids(content):
                 container.clear()
                 (container.extend if isinstance(container, (list, deque)) else container.update)(content)
+
+
+def _values(container: Any) -> Collection[Any]:
+    values: Collection[Any] = container.values() if isinstance(container, dict) else container
+    return values
+
+
+def _rewind(value: Any) -> Callable[[], Any] | None:
+    """What gives a random generator, which a model may have of its own, its state back; None for any other value."""
+    kinds = getattr(sys.modules.get("numpy"), "random", None)
+    if type(value) is random.Random:
+        return functools.partial(value.setstate, value.getstate())
+    if type(value) is torch.Generator:
+        return functools.partial(value.set_state, value.get_state())
+    if kinds and type(value) is kinds.RandomState:
+        return functools.partial(value.set_state, value.get_state())
+    if kinds and type(value) is kinds.Generator:
+        return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
 
 
 def _ids(container: Any) -> list[Any]:
@@ -158,7 +181,7 @@ def _note(container: Any, noted: dict[int, tuple[Any, Any]], depth: int) -> None
     content = container.copy()
     noted[id(container)] = container, content
     if depth:
-        for value in content.values() if isinstance(content, dict) else content:
+        for value in _values(content):
             if type(value) in _CONTAINERS:
                 _note(value, noted, depth - 1)
             elif type(value).__dictoffset__ and not isinstance(value, (nn.Module, Tensor, type, ModuleType)):
@@ -267,7 +290,7 @@ def _caches() -> list[Any]:
 
 def _holds(values: Collection[Any], depth: int) -> bool:
     """Whether a tensor without storage is among the values, or in the containers among them."""
-    inner = [v.values() if isinstance(v, dict) else v for v in values if depth and isinstance(v, (tuple, list, dict))]
+    inner = [_values(value) for value in values if depth and isinstance(value, (tuple, list, dict))]
     return any(isinstance(v, FakeTensor) for v in values) or any(_holds(each, depth - 1) for each in inner)
 
 

@@ -182,6 +182,30 @@ def test_patch_leaves_the_model_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_patch_draws_nothing_from_generators_of_the_models_own() -> None:
+    """The choices that a model makes with one (stochastic depth) are those it would make without patch."""
+
+    class Model(Three):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.deep = random.Random(1), {"legacy": np.random.RandomState(1)}
+            self.modern, self.torchs = np.random.default_rng(1), [torch.Generator().manual_seed(1)]
+
+        def draw(self) -> list[float]:
+            drawn = torch.rand((), generator=self.torchs[0]), self.modern.random(), self.deep["legacy"].rand()
+            return [self.whole.random(), *map(float, drawn)]
+
+        def between(self, x: Tensor) -> Tensor:
+            self.whole.random(), self.modern.random(), self.deep["legacy"].rand()
+            torch.rand((), generator=self.torchs[0])
+            return x
+
+    model = wrap(Model())
+    same = copy.deepcopy(model.base_model.model)
+    assert found(model) == {"this that other"}
+    assert model.base_model.model.draw() == same.draw()
+
+
 class Stats:
     calls = 0
 
