@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from fastlora.reference import ACTIVATIONS, Projection
 
 _PLAIN = {Tensor, nn.Parameter}
-_FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _REAL: tuple[Any, ...] = (int, float, Real)
 """NumPy's numbers too; the builtin ones first, for the abstract class takes longer to ask."""
 _OPTIONAL = {"bias", "lora_bias", "source"}
@@ -30,7 +30,7 @@ def _tensors(**named: Tensor | None) -> None:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}, wanted a torch.Tensor")
-        if t.dtype not in _FLOATS:
+        if t.dtype not in FLOATS:
             check_dtype(name, t.dtype)
         if first is None:
             first = name, t.device
@@ -39,7 +39,7 @@ def _tensors(**named: Tensor | None) -> None:
 
 
 def check_dtype(name: str, dtype: Any) -> None:
-    if not isinstance(dtype, torch.dtype) or dtype not in _FLOATS:
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATS:
         raise TypeError(f"{name}: got dtype {dtype}, wanted a floating dtype (bf16, fp16, fp32, fp64)")
 
 
@@ -172,9 +172,9 @@ def check_linear(
         and -math.inf < scaling < math.inf
         and 0 <= dropout_p < 1
         and (dtype := x.dtype) is weight.dtype
-        and dtype in _FLOATS
-        and lora_A.dtype in _FLOATS
-        and lora_B.dtype in _FLOATS
+        and dtype in FLOATS
+        and lora_A.dtype in FLOATS
+        and lora_B.dtype in FLOATS
         and (device := x.device) == weight.device
         and device == lora_A.device
         and device == lora_B.device

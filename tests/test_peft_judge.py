@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,65 @@ def test_what_is_not_usual_is_left_to_the_judge(monkeypatch: pytest.MonkeyPatch)
     layer.merge()
     short, long = judged(layer, x, monkeypatch)
     assert short is None and "merged" in long
+
+
+def biased(layer: Any) -> torch.Tensor:
+    layer.lora_A["default"].bias = nn.Parameter(torch.randn(2))
+    extra: torch.Tensor = layer.lora_A["default"].bias
+    return extra
+
+
+def scaled_by_feature(layer: Any) -> torch.Tensor:
+    extra = layer.scaling["default"] = torch.rand(12).requires_grad_()
+    return extra
+
+
+@pytest.mark.parametrize("change, why", [(biased, "lora_A.*has a bias"), (scaled_by_feature, "scaling.*a tensor of")])
+def test_an_adapter_that_is_more_than_two_factors_and_a_number_is_pefts(
+    change: Callable[[Any], torch.Tensor], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = layer_of(), torch.randn(3, 8)
+    extra = change(layer)
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and re.search(why, long)
+    expected = super(type(layer), layer).forward(x)
+    actual = layer(x)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), extra)[0] for y in (actual, expected)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("training", [True, False])
+def test_complex_layers_are_pefts(dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(dtype=dtype).train(training), torch.randn(3, 8, dtype=dtype)
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and f"{dtype}" in long
+    assert torch.equal(layer(x), super(type(layer), layer).forward(x))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse_coo": torch.Tensor.to_sparse,
+    "sparse_csr": torch.Tensor.to_sparse_csr,
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:2]]),
+    "_mkldnn": torch.Tensor.to_mkldnn,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta) st.*:UserWarning")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_x_of_another_layout_is_pefts(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(), LAYOUTS[layout](torch.randn(4096, 8))
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and layout in long
+    with torch.set_grad_enabled(layout != "_mkldnn"):  # which has no backward here
+        ys = layer(x), super(type(layer), layer).forward(x)
+    parts = [y.unbind() if y.is_nested else [y.to_dense()] for y in ys]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*parts, strict=True))
+    if layout != "_mkldnn":
+        a = layer.lora_A["default"].weight
+        gradients = [torch.autograd.grad(sum(y.square().sum() for y in part), a)[0] for part in parts]
+        assert torch.equal(*gradients)
 
 
 def doubled(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:

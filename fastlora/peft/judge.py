@@ -17,6 +17,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 from transformers.pytorch_utils import Conv1D
 
+from fastlora.checks import FLOATS
 from fastlora.dispatch import env
 from fastlora.modules import own
 
@@ -97,6 +98,8 @@ def plain_weight(base: Any) -> Tensor | str:
     weight = own(base, "weight")
     if type(weight) not in PLAIN_TENSORS:
         return f".weight is a {type(weight).__name__}, not a plain tensor"
+    if weight.dtype not in FLOATS:
+        return f".weight is {weight.dtype}, not of a floating dtype that fastlora takes"
     return weight.t() if type(base) is Conv1D else weight
 
 
@@ -147,13 +150,19 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
         return f"adapter {name!r} is made of {kinds}, not of two Linear and Dropout or Identity"
     if hooked(lora_A) or hooked(lora_B) or hooked(dropout):
         return f"adapter {name!r} has hooks in it, or a forward of its own"
+    if own(lora_A, "bias") is not None:
+        return f"lora_A of adapter {name!r} has a bias"
     a, b = own(lora_A, "weight"), own(lora_B, "weight")
     if type(a) not in PLAIN_TENSORS or type(b) not in PLAIN_TENSORS:
         return f"the weights of adapter {name!r} are {type(a).__name__} and {type(b).__name__}, not plain tensors"
-    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    if a.dtype not in FLOATS or b.dtype not in FLOATS:
+        return f"the weights of adapter {name!r} are {a.dtype} and {b.dtype}, not of dtypes that fastlora takes"
+    p, scaling = dropout.p if type(dropout) is nn.Dropout else 0.0, layer.scaling[name]
     if p >= 1:
         return f"adapter {name!r} drops everything (p = {p})"
-    return Adapter(a, b, layer.scaling[name], own(lora_B, "bias"), p, dropout.training)
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        return f"the scaling of adapter {name!r} is a tensor of shape {tuple(scaling.shape)}, not a number"
+    return Adapter(a, b, scaling, own(lora_B, "bias"), p, dropout.training)
 
 
 def _usual(layer: Any, x: Tensor) -> Plan | None:
@@ -193,8 +202,8 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         or _intercepted()
     ):
         return None
-    of_B = in_B["_parameters"]
-    weight, a, b = in_base["_parameters"].get("weight"), in_A["_parameters"].get("weight"), of_B.get("weight")
+    of_A, of_B, scaling = in_A["_parameters"], in_B["_parameters"], here["scaling"][name]
+    weight, a, b = in_base["_parameters"].get("weight"), of_A.get("weight"), of_B.get("weight")
     p = in_dropout["p"] if type(dropout) is nn.Dropout else 0.0
     if (
         type(x) in PLAIN_TENSORS
@@ -202,10 +211,17 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         and type(a) in PLAIN_TENSORS
         and type(b) in PLAIN_TENSORS
         and weight.dtype is x.dtype
+        and x.layout is torch.strided
+        and not x.is_nested
+        and weight.dtype in FLOATS
+        and a.dtype in FLOATS
+        and b.dtype in FLOATS
         and "bias" in of_B
+        and of_A.get("bias", of_A) is None
+        and (type(scaling) is float or type(scaling) is int)
         and p < 1
     ):
-        return Plan(base, weight, [Adapter(a, b, here["scaling"][name], of_B["bias"], p, in_dropout["training"])])
+        return Plan(base, weight, [Adapter(a, b, scaling, of_B["bias"], p, in_dropout["training"])])
     return None
 
 
@@ -224,6 +240,8 @@ def judge_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
         return "further arguments for base_layer"
     if type(x) not in PLAIN_TENSORS:
         return f"x is a {type(x).__name__}, not a plain tensor"
+    if x.is_nested or x.layout is not torch.strided:
+        return f"x is {'nested' if x.is_nested else x.layout}, not strided"
     weight = plan.weight
     if weight is not None and weight.dtype != x.dtype and autocast_of(x) is None:
         return f"x is {x.dtype} and base_layer.weight {weight.dtype}, with autocast off"
