@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -177,6 +178,20 @@ def test_what_others_put_in_place_of_a_function_is_called(
         torch.manual_seed(0)
         assert torch.equal(actual, super(type(layer), layer).forward(x))
     assert judged(layer, x, monkeypatch)[0] is not None
+
+
+@pytest.mark.parametrize("owner, name", judging.PASSED_OVER)
+def test_what_others_put_there_before_fastlora_was_imported_is_called(
+    owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DeepSpeed and Unsloth may: a wrapper is known whatever name it gives itself."""
+    assert judging.PASSED_OVER[owner, name] is judging.librarys(owner, name) is getattr(owner, name)
+    layer, x, old = layer_of(), torch.randn(3, 8), getattr(owner, name)
+    monkeypatch.setattr(owner, name, functools.wraps(old)(lambda *args, **kwargs: 2 * old(*args, **kwargs)))
+    monkeypatch.setitem(judging.PASSED_OVER, (owner, name), judging.librarys(owner, name))
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and f"{owner.__name__}.{name} was replaced (before" in long
+    assert torch.equal(layer(x), super(type(layer), layer).forward(x))
 
 
 def test_a_function_mode_sees_the_functions_and_a_default_device_does_not_matter(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from operator import itemgetter
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +33,26 @@ _OUR_KWARGS = {"adapter_names", "alora_offsets"}
 LIBRARY: dict[type, str] = {lora.Linear: "", TorchaoLoraLinear: "torchao"}
 """Of the quantised base of each class that we take, PEFT's and ours; "" if plain."""
 
+
+def librarys(owner: Any, name: str) -> Any:
+    """The function of that name, of a class or a module; None if somebody has put another in its place already.
+
+    A library's function sees the globals of the module that defines it; a stranger's, of whatever name, sees others.
+    """
+    function, kinds = getattr(owner, name), getattr(owner, "__mro__", ())
+    home = next((kind.__module__ for kind in kinds if name in vars(kind)), owner.__name__)
+    builtin = type(function) is BuiltinFunctionType
+    return function if builtin or getattr(function, "__globals__", None) is vars(sys.modules[home]) else None
+
+
 PASSED_OVER: dict[tuple[Any, str], Any] = {
-    (owner, name): getattr(owner, name)
+    (owner, name): librarys(owner, name)
     for owner, name in (
         *((cls, "forward") for cls in (lora.Linear, TorchaoLoraLinear, *PLAIN_BASES, *_DROPOUTS)),
         *((functional, name) for name in ("linear", "dropout")),
     )
 }
-"""What PEFT's forward calls and ours does not, as it was imported."""
+"""What PEFT's forward calls and ours does not: the libraries' own, None where it was replaced before this import."""
 
 
 class Adapter(NamedTuple):
@@ -81,7 +95,8 @@ def _intercepted() -> str | None:
     """Who wants to be called by what a fused layer passes over; 0.5 µs to know."""
     for (owner, name), function in PASSED_OVER.items():
         if getattr(owner, name) is not function:
-            return f"{owner.__name__}.{name} was replaced ({function.__module__}.{function.__qualname__})"
+            was = f"{function.__module__}.{function.__qualname__}" if function else "before fastlora was imported"
+            return f"{owner.__name__}.{name} was replaced ({was})"
     for i in range(torch._C._len_torch_function_stack()):
         mode = torch._C._get_function_stack_at(i)
         if type(mode) is not DeviceContext:  # which looks at functions that make tensors alone
