@@ -206,6 +206,23 @@ def test_stride_zero_and_transposed_inputs(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_negated_numbers_keep_their_sign(backend: str) -> None:
+    """z.conj().imag is real, and negated by a bit alone, as the gradient of a complex key's imaginary part is."""
+    t, dy = make(torch.float32, torch.float32), torch.randn(3, 29, 55)
+    expected = outputs(lambda u: ours(u, 0.0, backend), t, dy)
+    negated = {**t, "x": torch._neg_view(-t["x"].detach()).requires_grad_()}
+    assert negated["x"].is_neg()
+    for name, actual in outputs(lambda u: ours(u, 0.0, backend), negated, torch._neg_view(-dy)).items():
+        assert_same(actual, expected[name])
+    query, sides = torch.randn(55, 7, dtype=torch.complex64), []
+    for each in (backend, "torch"):
+        key = torch.complex(torch.zeros(()), ours(t, 0.0, each))
+        sides.append(torch.autograd.grad((key.conj() @ query).real.sum(), [t["x"], t["lora_A"], t["lora_B"]]))
+    for actual, wanted in zip(*sides, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 7)])
 def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
     t = make(torch.float32, torch.float32, M=shape)

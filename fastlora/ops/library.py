@@ -35,7 +35,13 @@ def triton_unavailable(x: Tensor) -> str | None:
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """[..., K] → [M, K], a view wherever the strides allow."""
+    """[..., K] → [M, K], a view wherever the strides allow.
+
+    Without the bit that says that its numbers are negated, as those of z.conj().imag are, and the gradient of a complex
+    z's imaginary part where z.conj() was used: a kernel that reads its memory would read the other sign.
+    """
+    if x.is_neg():
+        x = x.resolve_neg()
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
