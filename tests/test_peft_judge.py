@@ -129,6 +129,21 @@ def test_complex_layers_are_pefts(dtype: torch.dtype, training: bool, monkeypatc
     assert torch.equal(layer(x), super(type(layer), layer).forward(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float64_adapters_on_a_narrower_base_are_pefts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ops would compute their update in fp32, PEFT does in float64."""
+    layer, x = layer_of(dtype=dtype), torch.randn(3, 8, dtype=dtype)
+    layer.lora_A.double(), layer.lora_B.double()
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and "an adapter is float64" in long
+    sides = []
+    for y in (layer(x), super(type(layer), layer).forward(x)):
+        sides.append((y, *torch.autograd.grad(y.sum(), [layer.lora_A.default.weight, layer.lora_B.default.weight])))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*sides, strict=True))
+    layer.base_layer.double()
+    assert judged(layer, x.double(), monkeypatch)[0] is not None
+
+
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sparse_coo": torch.Tensor.to_sparse,
     "sparse_csr": torch.Tensor.to_sparse_csr,

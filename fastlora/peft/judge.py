@@ -231,6 +231,7 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         and weight.dtype in FLOATS
         and a.dtype in FLOATS
         and b.dtype in FLOATS
+        and (weight.dtype is torch.float64 or (a.dtype is not torch.float64 and b.dtype is not torch.float64))
         and "bias" in of_B
         and of_A.get("bias", of_A) is None
         and (type(scaling) is float or type(scaling) is int)
@@ -260,6 +261,9 @@ def judge_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, A
     weight = plan.weight
     if weight is not None and weight.dtype != x.dtype and autocast_of(x) is None:
         return f"x is {x.dtype} and base_layer.weight {weight.dtype}, with autocast off"
+    for adapter in plan.adapters:
+        if torch.float64 in (adapter.a.dtype, adapter.b.dtype) and x.dtype != torch.float64:
+            return f"an adapter is float64 and x {x.dtype}: PEFT computes the update in float64"
     if not layer.cast_input_dtype_enabled and any(adapter.a.dtype != x.dtype for adapter in plan.adapters):
         return "input casting is disabled, and x and lora_A differ in dtype"
     return plan
