@@ -144,6 +144,15 @@ def test_float64_adapters_on_a_narrower_base_are_pefts(dtype: torch.dtype, monke
     assert judged(layer, x.double(), monkeypatch)[0] is not None
 
 
+def test_a_dropout_in_place_changes_x_for_who_reads_it_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(lora_dropout=0.5).train(), torch.ones(3, 8)
+    layer.lora_dropout["default"].inplace = True
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and "in place" in long
+    layer(x)
+    assert set(x.flatten().tolist()) == {0.0, 2.0}
+
+
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sparse_coo": torch.Tensor.to_sparse,
     "sparse_csr": torch.Tensor.to_sparse_csr,

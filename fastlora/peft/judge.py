@@ -175,6 +175,8 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
     p, scaling = dropout.p if type(dropout) is nn.Dropout else 0.0, layer.scaling[name]
     if p >= 1:
         return f"adapter {name!r} drops everything (p = {p})"
+    if type(dropout) is nn.Dropout and dropout.inplace:
+        return f"the dropout of adapter {name!r} is in place: it changes x for whoever reads it next"
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
         return f"the scaling of adapter {name!r} is a tensor of shape {tuple(scaling.shape)}, not a number"
     return Adapter(a, b, scaling, own(lora_B, "bias"), p, dropout.training)
@@ -236,6 +238,7 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         and of_A.get("bias", of_A) is None
         and (type(scaling) is float or type(scaling) is int)
         and p < 1
+        and not in_dropout.get("inplace")
     ):
         return Plan(base, weight, [Adapter(a, b, scaling, of_B["bias"], p, in_dropout["training"])])
     return None
