@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -293,9 +294,12 @@ def test_nothing_but_the_class_changes() -> None:
     assert before == {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
 
 
-def test_merging_for_good_leaves_nothing_of_ours() -> None:
+@pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_merging_for_good_leaves_nothing_of_ours(through: Callable[[Any], Any]) -> None:
+    """Nor in a copy of the patched model: neither a class of ours, nor a hook, nor an attribute."""
     model = peft_model()
+    names = {name: (type(m), set(vars(m))) for name, m in copy.deepcopy(model).merge_and_unload().named_modules()}
     fastlora.patch(model)
-    merged = model.merge_and_unload()
-    mlp = merged.model.layers[0].mlp
-    assert type(mlp) is transformers.models.llama.modeling_llama.LlamaMLP and "_structure" not in vars(mlp)
+    merged = through(model).merge_and_unload()
+    assert names == {name: (type(m), set(vars(m))) for name, m in merged.named_modules()}
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in merged.modules())

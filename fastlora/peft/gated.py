@@ -62,6 +62,10 @@ class _Gated(nn.Module):
         decision = dispatch.decide(x, len(layers[0].weight), R, dtype=autocast_of(x))
         return replace(decision, why=f"{decision.why}; {told(s)}")
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        _watch(self)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         make, arguments, *state = reduced
@@ -187,14 +191,20 @@ def gate(model: nn.Module, lora: set[int], wanted: bool) -> tuple[dict[str, str]
             kind: Any = type(module)
             module.__class__ = _class(kind)
             module._structure = structure
-            for child in adapted:
-                weakref.finalize(child, _release, weakref.ref(module))
+            _watch(module)
             layers = projections(module)
             if isinstance(layers, str):
                 left[name] = layers
             else:
                 gated[name] = told(structure)
     return gated, left
+
+
+def _watch(module: nn.Module) -> None:
+    """Let the module have its own class back when its LoRA layers are gone; a copy of it too."""
+    for child in module.children():
+        if type(child) in LIBRARY:
+            weakref.finalize(child, _release, weakref.ref(module))
 
 
 def _release(reference: weakref.ref[nn.Module]) -> None:

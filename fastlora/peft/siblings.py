@@ -240,17 +240,53 @@ def _compute(x: Tensor, plans: Sequence[Plan]) -> tuple[Tensor, ...]:
     )
 
 
+class _Calls:
+    """Kept by a module that calls siblings: when the last of their layers is gone (merge_and_unload), so are our hooks.
+
+    A copy of the module, pickled or not, has one of its own.
+    """
+
+    def __init__(self, caller: nn.Module, groups: list[Siblings]) -> None:
+        self.__setstate__((caller, groups))
+
+    def __getstate__(self) -> tuple[Any, list[Siblings]]:
+        return self.caller(), self.left()
+
+    def __setstate__(self, state: tuple[Any, list[Siblings]]) -> None:
+        caller, groups = state
+        self.caller: Callable[[], Any] = _gone if caller is None else weakref.ref(caller)
+        self.groups = [weakref.ref(group) for group in groups]
+        for group in groups:
+            weakref.finalize(group, self.check)
+
+    def left(self) -> list[Siblings]:
+        return [group for reference in self.groups if (group := reference()) is not None]
+
+    def check(self) -> None:
+        caller = self.caller()
+        if caller is not None and caller.__dict__.get("_calls_siblings") is self and not self.left():
+            _unhook(caller)
+
+
 def join(model: nn.Module, names: Sequence[str], layers: dict[str, Any]) -> None:
     """Make siblings of the named layers, and let the module that calls them forget what nobody fetched."""
     siblings = Siblings([layers[name] for name in names])
     caller = owner(model, names)[0]
     if getattr(caller, "enters", False):
         return
-    for handle in (
-        caller.register_forward_pre_hook(enter, prepend=True),
-        caller.register_forward_hook(forget, always_call=True),
-    ):
-        weakref.finalize(siblings, handle.remove)  # merge_and_unload leaves no layer of ours
+    caller.register_forward_pre_hook(enter, prepend=True)
+    caller.register_forward_hook(forget, always_call=True)
+    before = caller.__dict__.get("_calls_siblings")
+    caller.__dict__["_calls_siblings"] = _Calls(caller, [siblings, *(before.left() if before else [])])
+
+
+def _unhook(module: nn.Module) -> None:
+    module.__dict__.pop("_calls_siblings", None)
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is enter]:
+        del module._forward_pre_hooks[key]
+    for key in [key for key, hook in module._forward_hooks.items() if hook is forget]:
+        del module._forward_hooks[key]
+        module._forward_hooks_always_called.pop(key, None)
 
 
 def part(model: nn.Module) -> None:
@@ -258,8 +294,4 @@ def part(model: nn.Module) -> None:
     for module in model.modules():
         for name in ("_siblings", "_index"):
             module.__dict__.pop(name, None)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is enter]:
-            del module._forward_pre_hooks[key]
-        for key in [key for key, hook in module._forward_hooks.items() if hook is forget]:
-            del module._forward_hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
+        _unhook(module)
