@@ -40,7 +40,7 @@ LADDER = {  # each module or package, and what of ours it may import beside itse
     "entry": {"multi", "prompts", "serving", "standing"},
     "bank": {"adapters", "attach", "entry", "multi", "pools", "prompts", "serving", "standing", "storage"},
     "warm": {"dispatch"},
-    "peft": {"functional", "dispatch", "groups", "modules", "ops", "reference"},
+    "peft": {"functional", "checks", "dispatch", "groups", "modules", "ops", "reference"},
     "plan": {"adapters", "functional"},
     "__main__": {"dispatch", "functional", "ops", "plan", "reference"},
     "__init__": {
