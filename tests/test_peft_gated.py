@@ -294,6 +294,21 @@ def test_nothing_but_the_class_changes() -> None:
     assert before == {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
 
 
+def test_a_child_with_sizes_of_other_names_is_no_layer_of_an_mlp() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.both = nn.Linear(12, 12), nn.Linear(12, 12), nn.Bilinear(12, 12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.both(self.first(x) * x, self.second(x))
+            return y
+
+    model = get_peft_model(Model(), LoraConfig(target_modules=["first", "second"]))
+    report = fastlora.patch(model)
+    assert len(report.patched) == 2 and not report.gated and not report.ungated
+
+
 @pytest.mark.parametrize("through", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_merging_for_good_leaves_nothing_of_ours(through: Callable[[Any], Any]) -> None:
     """Nor in a copy of the patched model: neither a class of ours, nor a hook, nor an attribute."""

@@ -103,7 +103,8 @@ def looks_like_one(module: nn.Module) -> bool:
     with unchanged(module), Unwritten():
         if any(_named(leaf, [leaf]) is not None for leaf in leaves):
             return True
-    sizes = [(child.in_features, child.out_features) for child in module.children() if hasattr(child, "out_features")]
+    sizes = [(getattr(child, "in_features", None), getattr(child, "out_features", None)) for child in module.children()]
+    sizes = [size for size in sizes if all(type(each) is int for each in size)]  # a Bilinear has one of the two
     return len(sizes) == 3 and any(sorted(sizes) == sorted([size, size, size[::-1]]) for size in sizes)
 
 
