@@ -294,6 +294,16 @@ def test_nothing_but_the_class_changes() -> None:
     assert before == {name: (type(m), set(vars(m))) for name, m in model.named_modules()}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_found_under_another_default_dtype(dtype: torch.dtype) -> None:
+    expected = find(Mine())
+    torch.set_default_dtype(dtype)
+    try:
+        assert find(Mine()) == expected and not isinstance(expected, str)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_child_with_sizes_of_other_names_is_no_layer_of_an_mlp() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -241,7 +241,7 @@ def _differentiated(function: Callable[[Tensor], Any], g: Tensor) -> list[Tensor
     smooth = g.isfinite() & (g != 0)
     gradients = []
     for size in (1e-3, -1e6):
-        dz = torch.where(smooth, size, 0.0)
+        dz = torch.zeros_like(g).masked_fill_(smooth, size)  # where() of two numbers has torch's default dtype
         (dg,) = torch.autograd.grad(result, inner, dz, retain_graph=True)
         gradients.append((dg / size)[smooth])
     return [result.detach(), *gradients]
