@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from operator import itemgetter
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -28,6 +29,11 @@ PLAIN_TENSORS = (nn.Parameter, Tensor)
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _OUR_KWARGS = {"adapter_names", "alora_offsets"}
+_STRIDED = torch.strided
+_USUAL_DTYPES = {
+    (base, a, b) for base, a, b in product(FLOATS, repeat=3) if base is torch.float64 or torch.float64 not in (a, b)
+}
+"""Of base_layer, lora_A and lora_B."""
 
 
 LIBRARY: dict[type, str] = {lora.Linear: "", TorchaoLoraLinear: "torchao"}
@@ -228,12 +234,9 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         and type(a) in PLAIN_TENSORS
         and type(b) in PLAIN_TENSORS
         and weight.dtype is x.dtype
-        and x.layout is torch.strided
+        and (weight.dtype, a.dtype, b.dtype) in _USUAL_DTYPES
+        and x.layout is _STRIDED
         and not x.is_nested
-        and weight.dtype in FLOATS
-        and a.dtype in FLOATS
-        and b.dtype in FLOATS
-        and (weight.dtype is torch.float64 or (a.dtype is not torch.float64 and b.dtype is not torch.float64))
         and "bias" in of_B
         and of_A.get("bias", of_A) is None
         and (type(scaling) is float or type(scaling) is int)
