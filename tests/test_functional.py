@@ -222,6 +222,37 @@ def test_negated_numbers_keep_their_sign(backend: str) -> None:
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
 
 
+def test_many_gradients_at_once_on_the_kernels() -> None:
+    """is_grads_batched, as of a vectorized jacobian: torch's rule runs, since a kernel reads one tensor; not with masks
+    that only the kernels make."""
+    t = make(torch.float32, torch.float32, M=(29,), N=61, K=61)
+    x, w, a, b = (t[name] for name in ("x", "weight", "lora_A", "lora_B"))
+
+    def every(backend: str, p: float = 0.0) -> dict[str, Tensor]:
+        options = {"dropout_p": p, "backend": backend}
+        layers = [functional.Projection(w, None, a, b, 0.7, None, p)] * 3
+        pair = functional.lora_linear_group(x, [w, w], [None, None], [a, a], [b, b], [0.7, 0.5], **options)
+        return {
+            "linear": lora_linear(x, w, None, a, b, 0.7, **options),
+            "update": lora_update(x.detach(), x, a, b, 0.7, **options),
+            "group": torch.cat(pair, -1),
+            "gated": functional.lora_gated_mlp(x, *layers, "silu", backend=backend),
+        }
+
+    expected, actual = every("torch"), every("triton")
+    for name, y in actual.items():
+        dys = torch.randn(3, *y.shape)
+        for mine, theirs in zip(
+            torch.autograd.grad(y, [x, a, b], dys, is_grads_batched=True),
+            torch.autograd.grad(expected[name], [x, a, b], dys, is_grads_batched=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    for y in every("triton", 0.5).values():
+        with pytest.raises(RuntimeError, match="dropout on the Triton backend"):
+            torch.autograd.grad(y, x, torch.randn(3, *y.shape), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 7)])
 def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora import eager
 from fastlora.ops.group import absent, present
-from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import backend_of_many, fake_h, kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_gated(Tensor x, Tensor[] ws, Tensor[] biases, Tensor[] as_, Tensor[] bs, Tensor[] lora_biases, "
@@ -96,6 +96,7 @@ def gated_gradients(
         rows_of(dy), None if x is None else rows_of(x), g, u, present(ws), present(as_), present(bs), h, h_down,
         seeds, scales, ps, activation, want_dx, want_das, want_dbs, want_inner, want_z,
     )  # fmt: skip
+    backend = backend_of_many(backend, [dy], any(ps))
     with plain(dy):
         if backend == "torch":
             dx, *others = eager.lora_gated_backward(*inputs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import backend_of_many, fake_h, kernels, lib, plain, rows_of, shaped
 
 GROUP = 3
 """Members that one launch takes."""
@@ -93,6 +93,7 @@ def group_gradients(
     first = next(dy for dy in dys if not absent(dy))
     grads = [None if absent(dy) else rows_of(dy) for dy in dys]
     inputs = grads, None if x is None else rows_of(x), present(ws), present(as_), present(bs), h, seeds, scales, ps
+    backend = backend_of_many(backend, grads, any(ps))
     with plain(first):
         if backend == "torch":
             dx, das, dbs = eager.lora_group_backward(*inputs, want_dx, want_das, want_dbs)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastlora.eager.base import batched
 
 kernels: Any = None
 if importlib.util.find_spec("triton") is not None:  # Linux only; the torch backend serves elsewhere
@@ -59,6 +62,22 @@ def fake_h(x: Tensor, R: int) -> Tensor:
     for size in x.shape[:-1]:  # symbols, where a compiler traces
         M = M * size
     return x.new_empty((M, R), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def backend_of_many(backend: str, dys: Sequence[Tensor | None], drops: bool) -> str:
+    """The backend of a backward: torch where a dy stands for many (is_grads_batched), which no kernel can read.
+
+    Raises RuntimeError when interpreted kernels dropped something: torch's masks on a CPU are others.
+    """
+    many = next((dy for dy in dys if dy is not None and batched(dy)), None) if backend != "torch" else None
+    if many is None:
+        return backend
+    if drops and many.is_cpu:
+        raise RuntimeError(
+            "fastlora: is_grads_batched, or a vectorized jacobian, came upon dropout of interpreted kernels; set p to "
+            "0 or use the torch backend"
+        )
+    return "torch"
 
 
 _AS_IT_IS = contextlib.nullcontext()

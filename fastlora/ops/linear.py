@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import eager
-from fastlora.ops.library import fake_h, kernels, lib, plain, rows_of, shaped
+from fastlora.ops.library import backend_of_many, fake_h, kernels, lib, plain, rows_of, shaped
 
 lib.define(
     "lora_linear(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, Tensor? lora_bias, Tensor? seed, "
@@ -116,6 +116,7 @@ def gradients(
     w, a, b, seed, scale, p: as in forward.   Returns dx: [..., K] in dy's dtype, da: [R, K] in a's, db: [N, R] in b's.
     """
     rows, grads = rows_of(x) if x is not None else None, rows_of(dy)
+    backend = backend_of_many(backend, [dy], p > 0)
     with plain(dy):
         if backend == "torch":
             dx, da, db = eager.lora_backward(grads, rows, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
