@@ -168,18 +168,27 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tupl
     return face(name, inputs[0])(*inputs)[0]
 
 
-def _few(x: Tensor, w: Tensor, bias: Tensor | None, lora_bias: Tensor | None) -> bool:
-    """Whether `_FewRows` may take a layer on the torch backend: nobody trains its base, or watches its ops."""
-    return (
-        ops.few.applies(x, x.numel())
-        and not traced()
-        and not is_in_torch_dispatch_mode()
-        and not (
-            w.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (lora_bias is not None and lora_bias.requires_grad)
-        )
-    )
+def few_rows(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float, p: float
+) -> Tensor | None:
+    """`lora_linear` on the torch backend, without autocast, of few rows on a CPU; None elsewhere, where somebody trains
+    the base or a bias, and where somebody watches the ops.
+
+    Nothing is checked: what does not fit together is torch's to refuse, as it is in PEFT's own layers.
+    """
+    if (
+        not ops.few.applies(x, x.numel())
+        or traced()
+        or is_in_torch_dispatch_mode()
+        or w.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (lora_bias is not None and lora_bias.requires_grad)
+    ):
+        return None
+    seed = draw_seed(x) if p > 0 else None
+    if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
+        return _FewRows.apply(x, a, b, (w, bias, lora_bias, seed, scale, p))
+    return ops.few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)[0]
 
 
 def lora_linear(
@@ -211,11 +220,11 @@ def lora_linear(
     p = dropout_p if training else 0.0
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_for(x, backend, p > 0)
+    if where == "torch" and autocast is None:
+        y = few_rows(x, weight, bias, lora_A, lora_B, lora_bias, scale, p)
+        if y is not None:
+            return y
     seed = draw_seed(x) if p > 0 else None
-    if where == "torch" and autocast is None and _few(x, weight, bias, lora_bias):
-        if torch.is_grad_enabled() and (x.requires_grad or lora_A.requires_grad or lora_B.requires_grad):
-            return _FewRows.apply(x, lora_A, lora_B, (weight, bias, lora_bias, seed, scale, p))
-        return ops.few.forward(x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p)[0]
     return _run(
         "lora_linear", _LoRALinear,
         x, weight, bias, lora_A, lora_B, lora_bias, seed, scale, p, where,

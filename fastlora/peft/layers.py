@@ -9,7 +9,8 @@ import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, nn
+from torch.compiler import is_compiling
 
 from fastlora import dispatch, functional
 from fastlora.dispatch import Decision, env
@@ -40,17 +41,23 @@ class _Fused(nn.Module):
             return super().forward(x, *args, **kwargs)
         plan = judge_call(self, x, args, kwargs)
         if isinstance(plan, str):
-            if not torch.compiler.is_compiling() or env.strict or self._strict:  # a log record would break the graph
+            if not is_compiling() or env.strict or self._strict:  # a log record would break the graph
                 dispatch.fell_back(self._name or type(self).__name__, plan, self._strict)
             return super().forward(x, *args, **kwargs)
         base, weight, adapters = plan
-        if self._siblings is not None and weight is not None and len(adapters) <= 1:
+        few = not is_compiling() and dispatch.few_rows(x) and dispatch.backend_for(x) == "torch"
+        if self._siblings is not None and weight is not None and len(adapters) <= 1 and not few:
             mine = self._siblings.run(self._index, x, plan)
             if mine is not None:
                 return mine
         if weight is not None and len(adapters) == 1:
             a, b, scaling, lora_bias, p, training = adapters[0]
             bias = own(base, "bias")
+            fits = x.shape[-1:] == weight.shape[1:]  # of what may not, for the rest is as PEFT made it
+            if few and fits and type(scaling) is float and not is_autocast_enabled("cpu"):
+                mine = functional.few_rows(x, weight, bias, a, b, lora_bias, scaling, p if training else 0.0)
+                if mine is not None:
+                    return mine
             return functional.lora_linear(
                 x, weight, bias, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias
             )

@@ -162,8 +162,6 @@ class Siblings:
 
     def run(self, index: int, x: Tensor, plan: Plan) -> Tensor | None:
         """The layer's output, its own or what a sibling left; None where it runs by itself."""
-        if not self.together(x):
-            return None
         compiling = is_compiling()
         if _opaque_to_the_compiler() if compiling else _here.callers[-1:] != [_saving()]:
             return None
@@ -188,12 +186,9 @@ class Siblings:
         slot.left = _Left(self, x, version, _modes(x), [_key(other) for other in plans], ys)
         return y
 
-    def together(self, x: Tensor) -> bool:
-        return functional.together(x, dispatch.backend_for(x), len(self.layers))
-
     def plans(self, index: int, x: Tensor, plan: Plan) -> list[Plan] | str:
         """What every member would run on x; or why they run one by one.   plan: of the member at index."""
-        if not self.together(x):
+        if not functional.together(x, dispatch.backend_for(x), len(self.layers)):
             return "few rows: calls cost more than arithmetic"
         if not is_compiling() and x.is_inference():
             return "an inference tensor does not tell when it has changed"
