@@ -38,29 +38,14 @@ def forward(
     scale: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    """y, h as `eager.lora_linear` has them, of x: [..., K]; h with the leading dimensions of x, or in one."""
+    """y, h as `eager.lora_linear` has them, of x: [..., K]."""
     y = project(x, w, bias)
-    flat = x.dim() == 2
-    if seed is None and lora_bias is None and not (flat and x.dtype is a.dtype):
-        return _added(y, x, a, b, scale)
-    if flat:
+    if x.dim() == 2:
         return y, add_update_(y, x, a, b, lora_bias, seed, scale, p)
     rows = x.reshape(-1, x.shape[-1])
     if y._is_view():  # with a bias; autograd forbids to change it in place, as relu_ does
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
     return y, add_update_(y.view(-1, y.shape[-1]), rows, a, b, lora_bias, seed, scale, p)
-
-
-def _added(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """y + scale·x·aᵀ·bᵀ, rounded once, and h, as they lie: `linear` needs no views, and a sum casts y by itself."""
-    if not _alike(x, a, b):
-        wide = wide_dtype(x)
-        a, b = _as(a, wide), _as(b, wide)
-    h = linear(_as(x, a.dtype), a)
-    term = linear(h, b)
-    if y.dtype is h.dtype and not y._is_view():
-        return y.add_(term, alpha=scale), h
-    return _as(torch.add(y, term, alpha=scale), y.dtype), h
 
 
 def add_update_(
@@ -102,7 +87,6 @@ def backward(
     """dx, da, db as `eager.lora_backward` has them, of dy: [..., N] and x: [..., K]."""
     if dy.dim() != 2:
         rows, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
-        h = None if h is None else h.reshape(-1, h.shape[-1])
         dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
     dx = da = db = term = None
@@ -141,8 +125,7 @@ def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
         return False
     if rows.dtype.itemsize > 2:
         return True
-    (R, K), width = a.shape, rows.shape[-1]
-    M = rows.shape[:-1].numel()
+    (M, width), (R, K) = rows.shape, a.shape
     return not dear(M, max(K, len(b)), R) if native(rows) else M * width * R < WIDE_THIN_PRODUCTS
 
 
