@@ -2,6 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEVICE ?= cuda
 PARTS ?=
+BUDGET ?= 520
 
 # bytecode of what is imported is kept, and of nothing else: pip would compile all of torch and transformers, 50 s
 export PYTHONDONTWRITEBYTECODE =
@@ -28,7 +29,7 @@ bench: .venv/.ready
 
 # from a bare checkout, with that machine's own torch and triton: nothing is installed
 gpu:
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --parts "$(PARTS)" --device $(DEVICE)
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --parts "$(PARTS)" --device $(DEVICE) --budget "$(BUDGET)"
 
 adopt:
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.adopt "$(FROM)"

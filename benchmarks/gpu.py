@@ -1,4 +1,4 @@
-"""Everything a GPU can tell, part by part, each on its own budget: `make gpu [PARTS="tests tune"] [DEVICE=cpu]`.
+"""Everything a GPU can tell, part by part, each on its own budget: `make gpu [PARTS=…] [BUDGET=240] [DEVICE=cpu]`.
 
 Files in $OUT, or under benchmarks/results/<device>/: run.json (what each part came to, rewritten after each), run.log
 (all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves what was written so far,
@@ -236,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="", help=f"of {' '.join(PARTS)}; all unless given")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu: every part at a tiny size")
+    parser.add_argument(
+        "--budget", default=str(sum(BUDGETS.values())), help="seconds for all parts, %(default)s unless given"
+    )
     parser.add_argument("--out", type=Path, help="$OUT, or benchmarks/results/<device>/ unless given")
     args = parser.parse_args(argv)
     try:
@@ -244,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput(f"PARTS: got {' '.join(unknown)}, wanted any of {' '.join(PARTS)}")
         if args.device not in ("cuda", "cpu"):
             raise BadInput(f"DEVICE: got {args.device!r}, wanted cuda or cpu")
+        if not args.budget.isdecimal() or int(args.budget) == 0:
+            raise BadInput(f"BUDGET: got {args.budget!r}, wanted a whole number of seconds ≥ 1")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("DEVICE: got cuda, and torch sees no GPU; DEVICE=cpu runs every part at a tiny size")
     except BadInput as error:
@@ -254,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         Path(asked) if asked else ROOT / "benchmarks/results" / machine.slug(machine.name_of(torch.device(args.device)))
     )
     # a chosen part takes the time of those left out
-    run = Run(args.device, out, scale=sum(BUDGETS.values()) / sum(BUDGETS[part] for part in chosen))
+    run = Run(args.device, out, scale=int(args.budget) / sum(BUDGETS[part] for part in chosen))
     states = []
     for part in PARTS:
         if part not in chosen:

@@ -147,6 +147,7 @@ def test_whatever_ends_the_command_ends_what_it_started(ends: signal.Signals, tm
 @pytest.mark.parametrize("words, said", [
     (["--parts", "tests dance", "--device", "cpu"], "PARTS: got dance, wanted any of environment tests"),
     (["--device", "tpu"], "DEVICE: got 'tpu', wanted cuda or cpu"),
+    (["--device", "cpu", "--budget", "4m"], "BUDGET: got '4m', wanted a whole number of seconds"),
     (["--device", "cuda"], "torch sees no GPU"),
 ])  # fmt: skip
 def test_bad_input(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +155,21 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capsys: pytest.C
         pytest.skip("there is a GPU")
     assert gpu.main([*words, "--out", str(tmp_path / "none")]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_the_parts_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 520 seconds unless said otherwise, whoever is chosen."""
+
+    def told(run: gpu.Run, seconds: float) -> dict[str, object]:
+        return {"state": "ok", "given": seconds * run.scale}
+
+    monkeypatch.setattr(gpu, "PARTS", {"tests": told, "tune": told})
+    for words, whole in (([], 520), (["--budget", "57"], 57)):
+        for parts in ("tests tune", "tune"):
+            out = tmp_path / f"{parts} {whole}"
+            assert gpu.main(["--parts", parts, "--device", "cpu", "--out", str(out), *words]) == 0
+            given = [part["given"] for part in json.loads((out / "run.json").read_text()).values()]
+            assert len(given) == len(parts.split()) and sum(given) == pytest.approx(whole)
 
 
 def test_a_part_that_fails_or_stalls_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
