@@ -73,7 +73,7 @@ def test_a_training_step_makes_few_calls(mix: str, M: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("M", "K", "R", "wide"),
-    [(1, 1024, 16, True), (16, 1024, 16, True), (1, 32, 16, False), (64, 1024, 16, False), (4, 1024, 64, False)],
+    [(1, 3072, 16, True), (16, 1024, 16, True), (1, 32, 16, False), (64, 1024, 16, False), (4, 1024, 64, False)],
     ids=["a row", "sixteen", "a few products", "many rows", "a large factor"],
 )
 def test_16_bits_run_in_fp32_where_their_call_costs_more(

@@ -21,7 +21,7 @@ def dear(rows: int, width: int, R: int) -> bool:
     oneDNN's every call costs 13 µs; fewer products are not given to it (ATen's rule), and more repay it. At r = 16 one
     row of K = N = 1024 takes 272 µs, forward and backward, for 329; sixteen rows with dropout 596 for 641.
     """
-    return rows * width <= 2**14 and width * R <= 2**15 and rows * width * R > 2**12
+    return rows * width <= 2**14 and width * R < 2**16 and rows * width * R > 2**12
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
