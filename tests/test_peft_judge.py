@@ -188,7 +188,7 @@ class Doubling(TorchFunctionMode):
         return 2 * out if func is functional.linear else out
 
 
-@pytest.mark.parametrize("owner, name", judging.PASSED_OVER)
+@pytest.mark.parametrize("owner, name", [(owner, name) for owner, name, _ in judging.PASSED_OVER])
 def test_what_others_put_in_place_of_a_function_is_called(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,15 +204,16 @@ def test_what_others_put_in_place_of_a_function_is_called(
     assert judged(layer, x, monkeypatch)[0] is not None
 
 
-@pytest.mark.parametrize("owner, name", judging.PASSED_OVER)
+@pytest.mark.parametrize("owner, name", [(owner, name) for owner, name, _ in judging.PASSED_OVER])
 def test_what_others_put_there_before_fastlora_was_imported_is_called(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As DeepSpeed and Unsloth may: a wrapper is known whatever name it gives itself."""
-    assert judging.PASSED_OVER[owner, name] is judging.librarys(owner, name) is getattr(owner, name)
+    assert (owner, name, getattr(owner, name)) in judging.PASSED_OVER
     layer, x, old = layer_of(), torch.randn(3, 8), getattr(owner, name)
+    others = [entry for entry in judging.PASSED_OVER if entry[:2] != (owner, name)]
     monkeypatch.setattr(owner, name, functools.wraps(old)(lambda *args, **kwargs: 2 * old(*args, **kwargs)))
-    monkeypatch.setitem(judging.PASSED_OVER, (owner, name), judging.librarys(owner, name))
+    monkeypatch.setattr(judging, "PASSED_OVER", [*others, (owner, name, judging.librarys(owner, name))])
     short, long = judged(layer, x, monkeypatch)
     assert short is None and f"{owner.__name__}.{name} was replaced (before" in long
     assert torch.equal(layer(x), super(type(layer), layer).forward(x))

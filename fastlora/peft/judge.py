@@ -51,14 +51,17 @@ def librarys(owner: Any, name: str) -> Any:
     return function if builtin or getattr(function, "__globals__", None) is vars(sys.modules[home]) else None
 
 
-PASSED_OVER: dict[tuple[Any, str], Any] = {
-    (owner, name): librarys(owner, name)
+PASSED_OVER: list[tuple[Any, str, Any]] = [
+    (owner, name, librarys(owner, name))
     for owner, name in (
         *((cls, "forward") for cls in (lora.Linear, TorchaoLoraLinear, *PLAIN_BASES, *_DROPOUTS)),
         *((functional, name) for name in ("linear", "dropout")),
     )
-}
-"""What PEFT's forward calls and ours does not: the libraries' own, None where it was replaced before this import."""
+]
+"""What PEFT's forward calls and ours does not: the libraries' own, None where it was replaced before this import.
+
+A list, for torch 2.11's compiler takes no module for a dictionary's key.
+"""
 
 
 class Adapter(NamedTuple):
@@ -99,7 +102,7 @@ def hooked(module: nn.Module) -> bool:
 
 def _intercepted() -> str | None:
     """Who wants to be called by what a fused layer passes over; 0.5 µs to know."""
-    for (owner, name), function in PASSED_OVER.items():
+    for owner, name, function in PASSED_OVER:
         if getattr(owner, name) is not function:
             was = f"{function.__module__}.{function.__qualname__}" if function else "before fastlora was imported"
             return f"{owner.__name__}.{name} was replaced ({was})"

@@ -109,7 +109,7 @@ if is_bnb_available():
         """Linear8bitLt, split: bitsandbytes' kernel, then the low-rank term."""
 
     LIBRARY |= dict.fromkeys((Linear8bitLt, FusedLinear8bitLt), "bitsandbytes")
-    PASSED_OVER[Linear8bitLt, "forward"] = librarys(Linear8bitLt, "forward")
+    PASSED_OVER.append((Linear8bitLt, "forward", librarys(Linear8bitLt, "forward")))
 
 if is_bnb_4bit_available():
     from peft.tuners.lora.bnb import Linear4bit
@@ -118,7 +118,7 @@ if is_bnb_4bit_available():
         """Linear4bit, split: bitsandbytes' kernel, then the low-rank term."""
 
     LIBRARY |= dict.fromkeys((Linear4bit, FusedLinear4bit), "bitsandbytes")
-    PASSED_OVER[Linear4bit, "forward"] = librarys(Linear4bit, "forward")
+    PASSED_OVER.append((Linear4bit, "forward", librarys(Linear4bit, "forward")))
 
 FUSED: dict[type, type] = {fused.__bases__[1]: fused for fused in _Fused.__subclasses__()}
 PEFT: dict[type, type] = {fused: original for original, fused in FUSED.items()}
