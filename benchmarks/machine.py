@@ -217,6 +217,8 @@ def _driver() -> str | None:
 def _version(package: str) -> str | None:
     if package == "triton":
         return triton.__version__
+    if package == "torch":  # with its build, which the package's own metadata may leave out
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -211,9 +211,9 @@ def test_what_others_put_there_before_fastlora_was_imported_is_called(
     """As DeepSpeed and Unsloth may: a wrapper is known whatever name it gives itself."""
     assert (owner, name, getattr(owner, name)) in judging.PASSED_OVER
     layer, x, old = layer_of(), torch.randn(3, 8), getattr(owner, name)
-    others = [entry for entry in judging.PASSED_OVER if entry[:2] != (owner, name)]
     monkeypatch.setattr(owner, name, functools.wraps(old)(lambda *args, **kwargs: 2 * old(*args, **kwargs)))
-    monkeypatch.setattr(judging, "PASSED_OVER", [*others, (owner, name, judging.librarys(owner, name))])
+    as_imported = [(each, its, judging.librarys(each, its)) for each, its, _ in judging.PASSED_OVER]
+    monkeypatch.setattr(judging, "PASSED_OVER", as_imported)
     short, long = judged(layer, x, monkeypatch)
     assert short is None and f"{owner.__name__}.{name} was replaced (before" in long
     assert torch.equal(layer(x), super(type(layer), layer).forward(x))
