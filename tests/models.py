@@ -113,16 +113,16 @@ class Calls:
 def counted() -> Iterator[Calls]:
     """Count the calls of functional.lora_linear and lora_update, which still run; of few rows, which are let past
     lora_linear's checks, too."""
-    few_rows = functional.few_rows
+    lora_linear_few = functional.lora_linear_few
 
     def few(*inputs: Any) -> Tensor | None:
-        y = few_rows(*inputs)
+        y = lora_linear_few(*inputs)
         linear.call_count += y is not None
         return y
 
     with (
         mock.patch.object(functional, "lora_linear", wraps=functional.lora_linear) as linear,
-        mock.patch.object(functional, "few_rows", few),
+        mock.patch.object(functional, "lora_linear_few", few),
         mock.patch.object(functional, "lora_update", wraps=functional.lora_update) as update,
     ):
         yield Calls(linear, update)

@@ -120,6 +120,17 @@ def test_an_adapter_that_is_more_than_two_factors_and_a_number_is_pefts(
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("rows", [3, 2**15])
+@pytest.mark.parametrize("scaling", [float("nan"), float("inf")])
+def test_a_scaling_that_is_no_number_is_pefts(scaling: float, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN from both, of few rows and of many: training that has gone wrong is for its own loop to see."""
+    layer, x = layer_of(), torch.randn(rows, 8)
+    layer.scaling["default"] = scaling
+    short, long = judged(layer, x, monkeypatch)
+    assert short is None and f"is {scaling}" in long
+    torch.testing.assert_close(layer(x), super(type(layer), layer).forward(x), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("training", [True, False])
 def test_complex_layers_are_pefts(dtype: torch.dtype, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,18 +3,18 @@
 from fastlora.functional.gated import lora_gated_mlp
 from fastlora.functional.group import lora_linear_group, together
 from fastlora.functional.jobs import jobs_linear, jobs_update
-from fastlora.functional.linear import few_rows, lora_linear, lora_update
+from fastlora.functional.linear import lora_linear, lora_linear_few, lora_update
 from fastlora.functional.rules import draw_seed
 from fastlora.reference import Projection
 
 __all__ = [
     "Projection",
     "draw_seed",
-    "few_rows",
     "jobs_linear",
     "jobs_update",
     "lora_gated_mlp",
     "lora_linear",
+    "lora_linear_few",
     "lora_linear_group",
     "lora_update",
     "together",

@@ -168,7 +168,7 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tupl
     return face(name, inputs[0])(*inputs)[0]
 
 
-def few_rows(
+def lora_linear_few(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float, p: float
 ) -> Tensor | None:
     """`lora_linear` on the torch backend, without autocast, of few rows on a CPU; None elsewhere, where somebody trains
@@ -221,7 +221,7 @@ def lora_linear(
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_for(x, backend, p > 0)
     if where == "torch" and autocast is None:
-        y = few_rows(x, weight, bias, lora_A, lora_B, lora_bias, scale, p)
+        y = lora_linear_few(x, weight, bias, lora_A, lora_B, lora_bias, scale, p)
         if y is not None:
             return y
     seed = draw_seed(x) if p > 0 else None

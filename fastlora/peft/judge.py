@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from itertools import product
 from operator import itemgetter
@@ -29,7 +30,7 @@ PLAIN_TENSORS = (nn.Parameter, Tensor)
 _HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Identity, nn.Dropout)
 _OUR_KWARGS = {"adapter_names", "alora_offsets"}
-_STRIDED = torch.strided
+_STRIDED, _INF = torch.strided, math.inf
 _USUAL_DTYPES = {
     (base, a, b) for base, a, b in product(FLOATS, repeat=3) if base is torch.float64 or torch.float64 not in (a, b)
 }
@@ -188,6 +189,8 @@ def _plan_adapter(layer: Any, name: str, lora_A: Any, lora_B: Any) -> Adapter | 
         return f"the dropout of adapter {name!r} is in place: it changes x for whoever reads it next"
     if isinstance(scaling, Tensor) and scaling.numel() != 1:
         return f"the scaling of adapter {name!r} is a tensor of shape {tuple(scaling.shape)}, not a number"
+    if not isinstance(scaling, Tensor) and not abs(scaling) < math.inf:
+        return f"the scaling of adapter {name!r} is {scaling}"
     return Adapter(a, b, scaling, own(lora_B, "bias"), p, dropout.training)
 
 
@@ -243,6 +246,7 @@ def _usual(layer: Any, x: Tensor) -> Plan | None:
         and "bias" in of_B
         and of_A.get("bias", of_A) is None
         and (type(scaling) is float or type(scaling) is int)
+        and -_INF < scaling < _INF
         and p < 1
         and not in_dropout.get("inplace")
     ):

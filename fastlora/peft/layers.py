@@ -55,7 +55,7 @@ class _Fused(nn.Module):
             bias = own(base, "bias")
             fits = x.shape[-1:] == weight.shape[1:]  # of what may not, for the rest is as PEFT made it
             if few and fits and type(scaling) is float and not is_autocast_enabled("cpu"):
-                mine = functional.few_rows(x, weight, bias, a, b, lora_bias, scaling, p if training else 0.0)
+                mine = functional.lora_linear_few(x, weight, bias, a, b, lora_bias, scaling, p if training else 0.0)
                 if mine is not None:
                     return mine
             return functional.lora_linear(
