@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fastlora.prompts import embeds_of, given, named, text_model
 from fastlora.soft import SoftPrompt
-from fastlora.virtual import Packed, before, behind, first_attended, mask_of, positions_of, settle
+from fastlora.virtual import Packed, before, behind, cache_key, first_attended, mask_of, positions_of, settle
 
 READ = "_fastlora_soft_prompt"
 """The attribute of a cache that says which soft prompt is in it."""
@@ -161,17 +161,15 @@ def _prompted(kind: Hashable, around: Callable[..., Any]) -> Any:
 
 def _decode(self: Any, inner: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     """A causal model's forward: virtual tokens stand before each row's first, and are in its cache from then on."""
-    prompt, cache = self.soft_prompts.reading, kwargs.get("past_key_values")
+    prompt, cache = self.soft_prompts.reading, kwargs.get(cache_key(inner))
     past = 0 if cache is None else cache.get_seq_length()
     read: Read | None = getattr(cache, READ, None) if past else None
     if past and (None if read is None else read.prompt) != (None if prompt is None else id(prompt)):
-        raise ValueError("past_key_values: got a cache begun with another soft prompt, wanted the active one's")
+        raise ValueError("cache: got one begun with another soft prompt, wanted the active one's")
     if prompt is None:
         return inner(**kwargs)
     if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"past_key_values: got {type(cache).__name__}, without room for virtual tokens; wanted a DynamicCache"
-        )
+        raise ValueError(f"cache: got {type(cache).__name__}, without room for virtual tokens; wanted a DynamicCache")
     inputs, P = given(kwargs), len(prompt)
     (rows, S), device = inputs.shape[:2], inputs.device
     padded = kwargs.get("attention_mask") is not None

@@ -22,7 +22,18 @@ import torch
 from torch import Tensor
 
 from fastlora import multi, serving
-from fastlora.virtual import Packed, Prefix, before, begin, check_plain, mask_of, positions_of, settle, shifted
+from fastlora.virtual import (
+    Packed,
+    Prefix,
+    before,
+    begin,
+    cache_key,
+    check_plain,
+    mask_of,
+    positions_of,
+    settle,
+    shifted,
+)
 
 BEGUN = "_fastlora_prompts"
 """The attribute of a cache that says whose virtual tokens are in it."""
@@ -76,6 +87,7 @@ class Prompts:
             self._install(hugging.get_encoder(), "forward", self._encoder)
             self._install(hugging, "forward", self._encoder_decoder)
         else:
+            self._cache = cache_key(hugging.forward)
             self._positioned = "position_ids" in inspect.signature(hugging.forward).parameters
             self._alone = hugging.forward
             self._install(hugging, "forward", self._decoder)
@@ -157,30 +169,30 @@ class Prompts:
 
     def _generate(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate would count a cache's virtual tokens among input_ids: it must begin with none."""
-        if begun_for(kwargs.get("past_key_values")) is not None:
-            raise ValueError("past_key_values: got a cache that holds virtual tokens, wanted none or an empty one")
+        if any(begun_for(kwargs.get(key)) is not None for key in ("cache", "past_key_values")):
+            raise ValueError("cache: got one that holds virtual tokens, wanted none or an empty one")
         return inner(*args, **kwargs)
 
     def _decoder(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A causal model's forward, on a cache that begins with the requests' prefixes."""
         kwargs = named(inner, args, kwargs)
-        requests, cache = self._requests(), kwargs.get("past_key_values")
+        requests, cache = self._requests(), kwargs.get(self._cache)
         begun = begun_for(cache)
         if begun is not None and begun.requests != requests:
-            raise ValueError("past_key_values: got a cache begun for other prompts, wanted those of this batch")
+            raise ValueError("cache: got one begun for other prompts, wanted those of this batch")
         if requests is None:
             return inner(**kwargs)
         inputs = given(kwargs)
         tokens, longest = self._tokens(requests, len(inputs), inputs.device)
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
-            kwargs["past_key_values"] = begin(cache, prefixes, len(inputs), longest, self.model.config)
+            kwargs[self._cache] = begin(cache, prefixes, len(inputs), longest, self.model.config)
             begun = Begun(requests, settled=kwargs.get("attention_mask") is None)
-            setattr(kwargs["past_key_values"], BEGUN, begun)
-        past = kwargs["past_key_values"].get_seq_length() - longest
+            setattr(kwargs[self._cache], BEGUN, begun)
+        past = kwargs[self._cache].get_seq_length() - longest
         mask = mask_of(kwargs, (len(inputs), past + inputs.shape[1]), inputs.device)
         if not begun.settled:
-            begun.settled = settle(kwargs["past_key_values"], mask, past, longest)
+            begun.settled = settle(kwargs[self._cache], mask, past, longest)
         kwargs["attention_mask"] = before(mask, tokens, longest)
         if self._positioned:
             kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1]) + tokens[:, None]
@@ -190,7 +202,7 @@ class Prompts:
         output = inner(**kwargs, use_cache=use_cache, return_dict=True)
         fields = dict(output.items())
         if cache is None and not use_cache:
-            fields.pop("past_key_values", None)
+            fields.pop(self._cache, None)
         if labels is not None:
             options = {name: kwargs[name] for name in kwargs.keys() - inspect.signature(inner).parameters.keys()}
             logits = output.logits
@@ -242,7 +254,7 @@ class Prompts:
         rows = self.pool[request.start : request.start + request.tokens]
         with torch.inference_mode(False), torch.no_grad(), serving.serving(alone):
             output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
-        cache = output.get("past_key_values")
+        cache = output.get(self._cache)
         check_plain(cache)
         layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         return Prefix(type(cache), layers, output.logits[0, -1].clone())
@@ -312,9 +324,12 @@ def begun_for(cache: Any) -> Begun | None:
 
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, all by name."""
+    """The arguments, all by name, a cache by the function's own."""
     names = inspect.signature(function).parameters if args else ()
-    return dict(zip(names, args, strict=False)) | kwargs
+    by_name = dict(zip(names, args, strict=False)) | kwargs
+    if "past_key_values" in by_name and (key := cache_key(function)) not in by_name:
+        by_name[key] = by_name.pop("past_key_values")
+    return by_name
 
 
 def given(kwargs: dict[str, Any]) -> Tensor:

@@ -6,6 +6,8 @@ Every row has a number of its own, and is laid out by columns and masks: shapes 
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,11 +77,16 @@ def first_attended(mask: Tensor) -> Tensor:
     return (mask != 0).long().argmax(1)
 
 
+def cache_key(forward: Callable[..., Any]) -> str:
+    """What a model's forward calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def check_plain(cache: Any) -> None:
     """Raises ValueError unless all that a cache holds is every token's key and value."""
     kinds = {type(part).__name__ for part in (cache, *getattr(cache, "layers", ()))}
     if not kinds <= {"DynamicCache", "DynamicLayer"}:
-        raise ValueError(f"past_key_values: got {', '.join(sorted(kinds))}, wanted DynamicCache of plain DynamicLayer")
+        raise ValueError(f"cache: got {', '.join(sorted(kinds))}, wanted DynamicCache of plain DynamicLayer")
 
 
 def before(mask: Tensor, tokens: Tensor, longest: int) -> Tensor:
@@ -137,7 +144,7 @@ def begin(cache: Any, prefixes: list[Prefix | None], rows: int, longest: int, co
         cache = distinct[0].cache(config=config)
     check_plain(cache)
     if cache.get_seq_length():
-        raise ValueError("past_key_values: got a cache of tokens without the batch's prompts, wanted an empty one")
+        raise ValueError("cache: got one of tokens without the batch's prompts, wanted an empty one")
     device = distinct[0].logits.device
     which = torch.tensor([len(distinct) if prefix is None else distinct.index(prefix) for prefix in prefixes])
     which = which.repeat_interleave(rows // len(prefixes)).to(device, non_blocking=True)

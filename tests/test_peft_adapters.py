@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from models import (
@@ -23,10 +24,12 @@ from models import (
     peft_model,
     step,
 )
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from tolerance import assert_all_close, assert_same
 from torch import Tensor, nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -271,6 +274,9 @@ def test_modules_of_a_later_adapter_are_patched_by_patching_again() -> None:
     assert calls == (4, 0)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"transformers' add_adapter wants {MIN_PEFT_VERSION}"
+)
 def test_adapters_added_without_a_peft_model() -> None:
     """transformers' own model.add_adapter makes the same layers, and they are patched the same."""
     model, inputs = base_model(), batch()

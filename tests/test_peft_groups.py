@@ -118,12 +118,12 @@ def test_what_cannot_be_traced_says_so_and_runs() -> None:
 
 
 def test_torch_is_silent_about_what_cannot_be_traced(caplog: pytest.LogCaptureFixture) -> None:
-    """Of what tensors without storage cannot multiply, as grouped batches in fp32, torch prints tracebacks."""
+    """Of what tensors without storage cannot multiply, grouped batches in fp32 before 2.15, it prints tracebacks."""
     x = torch.randn(2, K)
     ends = torch.tensor([1, 2], dtype=torch.int32)
     model = between(lambda model, x: x + torch.nn.functional.grouped_mm(x, torch.ones(2, K, K), offs=ends))
     outcome(model, x)
-    assert "BF16" in str(fastlora.patch(model).ungrouped)
+    assert "RuntimeError" in str(fastlora.patch(model).ungrouped)
     assert [record for record in caplog.records if record.name.startswith("torch")] == []
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 

@@ -100,8 +100,8 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     model.enable_input_require_grads()
     torch.manual_seed(3)
     expected = {name: value.clone() for name, value in step(model, inputs).items()}
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
-    assert model.is_activation_checkpointing
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert model.is_gradient_checkpointing
     torch.manual_seed(3)
     with counted() as calls:
         actual = step(model, inputs)
@@ -120,7 +120,7 @@ def test_gradient_checkpointing_of_t5(reentrant: bool) -> None:
 
     def run(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         model.train().enable_input_require_grads()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         return step(model, inputs)
 
     assert_parity(lambda: peft_model("t5"), run, "t5")

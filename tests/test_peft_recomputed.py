@@ -43,7 +43,7 @@ def test_gradient_checkpointing(reentrant: bool, p: float) -> None:
     model.enable_input_require_grads()
     torch.manual_seed(3)
     expected = {name: value.clone() for name, value in step(model, inputs).items()}
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert fastlora.patch(model).groups, "not found while checkpointing is on"
     torch.manual_seed(3)
     with group_calls() as calls:

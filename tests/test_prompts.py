@@ -78,7 +78,7 @@ def test_generated_tokens_are_each_rows_own(tenants: Tenants, options: dict[str,
     each = options.get("num_return_sequences", 1)
     assert len(tokens) == len(rows) * each
     for i, (row, P) in enumerate(zip(rows, WHO, strict=True)):
-        alone = tenants.plain[P].generate(**one(row), **options, use_cache=True)
+        alone = tenants.plain[P].generate(**one(row), **options, use_cache=False)  # PEFT 0.21 errs on 5.24 caches
         assert_same(tokens[i * each : (i + 1) * each, -6:], alone[:, -6:])
     unprompted = tenants.generate((0,) * 5, **batch, **options, use_cache=use_cache)
     changed = (tokens != unprompted).any(1).view(-1, each).any(1)
@@ -88,10 +88,10 @@ def test_generated_tokens_are_each_rows_own(tenants: Tenants, options: dict[str,
 @pytest.mark.parametrize("family", BY_COLUMN)
 def test_models_that_count_columns_generate_behind_padding(family: str) -> None:
     tenants, rows = Tenants.of(family), rows_of()
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=2, use_cache=True)
-    tokens = tenants.generate(WHO, **padded(rows, "left"), **options)
+    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, num_beams=2)
+    tokens = tenants.generate(WHO, **padded(rows, "left"), **options, use_cache=True)
     for mine, row, P in zip(tokens, rows, WHO, strict=True):
-        assert_same(mine[-6:], tenants.plain[P].generate(**one(row), **options)[0, -6:])
+        assert_same(mine[-6:], tenants.plain[P].generate(**one(row), **options, use_cache=False)[0, -6:])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neo", "mpt"])

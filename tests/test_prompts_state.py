@@ -207,16 +207,17 @@ def test_bad_input_is_refused(llama: Tenants) -> None:
         llama.forward(WHO, **batch)
     llama.model.eval()
     begun = llama.forward(WHO, **batch, use_cache=True).past_key_values
-    reset = copy.deepcopy(begun)
-    reset.reset()
-    assert_same(llama.forward(WHO, **batch, past_key_values=reset).logits, llama.forward(WHO, **batch).logits)
+    emptied = copy.deepcopy(begun)
+    for layer in emptied.layers:
+        layer.keys, layer.values = layer.keys[..., :0, :], layer.values[..., :0, :]
+    assert_same(llama.forward(WHO, **batch, past_key_values=emptied).logits, llama.forward(WHO, **batch).logits)
     foreign = llama.forward((0,) * 5, **batch, use_cache=True).past_key_values
     longer = torch.ones(5, 8, dtype=torch.long)
     step = {"input_ids": batch["input_ids"][:, :1], "attention_mask": longer}
     for who, cache in (((0,) * 5, begun), ((1, 0, 5, 20, 0), begun), (WHO, foreign)):
-        with pytest.raises(ValueError, match="past_key_values: got a cache"):
+        with pytest.raises(ValueError, match="cache: got one"):
             llama.forward(who, **step, past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: got a cache that holds"):
+    with pytest.raises(ValueError, match="cache: got one that holds"):
         llama.generate(WHO, input_ids=torch.ones_like(longer), past_key_values=begun)
     with (
         pytest.raises(ValueError, match="requests: got 5"),
@@ -231,7 +232,7 @@ def test_models_without_a_plain_cache_are_refused() -> None:
         transformers.MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4)
     )
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=16, hidden_size=16, num_hidden_layers=1))
-    for model, what in ((mistral, "DynamicSlidingWindowLayer"), (mamba, "past_key_values: got")):
+    for model, what in ((mistral, "DynamicSlidingWindowLayer"), (mamba, "cache: got")):
         prompts = Prompts(model.eval(), 1, 2)
         prompts.store(0, 0, torch.ones(2, 16))
         with pytest.raises(ValueError, match=what), prompts.serving([PromptOf(0, 0, 2, (0,))]):

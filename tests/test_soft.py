@@ -157,7 +157,7 @@ def test_generating_gives_what_peft_gives_each_row_alone(family: str, mode: str)
         model.gradient_checkpointing_enable({"use_reentrant": False})
     ours = model.train(mode in ("train", "checkpointing")).generate(**inputs, **options)
     for row, mine in zip(rows, ours, strict=True):
-        theirs = peft.generate(**one(row), **options)[0]
+        theirs = peft.generate(**one(row), **options, use_cache=False)[0]  # PEFT 0.21 errs on transformers 5.24 caches
         theirs = theirs[len(row) :] if family in CAUSAL else theirs
         assert_same(mine[before : before + len(theirs)], theirs)
     set_soft_prompt(model, None)
@@ -229,7 +229,7 @@ def test_a_cache_of_one_prompt_is_refused_under_another() -> None:
         if name:
             add_soft_prompt(model, P, name)
         set_soft_prompt(model, name)
-        with pytest.raises(ValueError, match="got a cache begun with another soft prompt"):
+        with pytest.raises(ValueError, match="got one begun with another soft prompt"):
             model(ids, past_key_values=cache)
     with pytest.raises(ValueError, match="got StaticCache, without room for virtual tokens"):
         model.generate(ids, cache_implementation="static", use_cache=True, **GENERATED)
