@@ -22,6 +22,7 @@ CLASS = {"nf4": "FusedLinear4bit", "int8": "FusedLinear8bitLt", "torchao": "Fuse
 
 
 def bitsandbytes_model(path: Path, **options: object) -> nn.Module:
+    pytest.importorskip("bitsandbytes")
     base_model().save_pretrained(path)
     config = transformers.BitsAndBytesConfig(**options)
     return transformers.AutoModelForCausalLM.from_pretrained(
@@ -39,10 +40,9 @@ def int8(path: Path) -> nn.Module:
 
 
 def torchao(path: Path) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    quantization = pytest.importorskip("torchao.quantization")
     model = base_model().to(BF16)
-    quantize_(model, Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
 
 
