@@ -114,7 +114,8 @@ def keep_and_leave(
     bits &= _two_bits(w2, threshold, 16) & _two_bits(w3, threshold, 64)
     groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
     at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
-    tl.store(bits_ptr + at, bits.to(tl.uint8), mask=mask_m[:, None] & (groups < bits_width)[None, :] & LEAVE)
+    left = tl.where(LEAVE, bits_width, 0)  # a number: a scalar of int1 makes no mask in Triton 3.9's interpreter
+    tl.store(bits_ptr + at, bits.to(tl.uint8), mask=mask_m[:, None] & (groups < left)[None, :])
     return _select(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_N)
 
 

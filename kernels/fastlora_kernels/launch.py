@@ -72,7 +72,8 @@ class Launch:
         **constants: Any,
     ) -> None:
         self.kernel, self.grid, self.numbers = kernel, grid, numbers
-        self.options, self.constants = options or {}, constants
+        self.options = {"enable_fp_fusion": True} | (options or {})  # Triton 3.9 warns, 3.10 turns its default off
+        self.constants = constants
         self._known: tuple[list[torch.dtype], Callable[..., object]] | None = None
 
     def __call__(

@@ -159,8 +159,8 @@ def _expand_tile(
             b_rows = b_ptr + (start + offs_r)[:, None] * N
             b = tl.load(b_rows + offs_n[None, :], mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             acc = dot(h, b, acc, PIECES, INTERPRET)
-        biased = tl.load(biased_ptr + member * G + slot) != 0
-        bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0)
+        columns = tl.where(tl.load(biased_ptr + member * G + slot) != 0, N, 0)
+        bias = tl.load(b_ptr + (start + rank) * N + offs_n, mask=offs_n < columns, other=0.0)
         acc = (acc + bias.to(tl.float32)[None, :]) * tl.load(scaling_ptr + member * G + slot)
         if DROPOUT:
             seed, threshold = tl.load(seed_ptr + slot), tl.load(threshold_ptr + slot)

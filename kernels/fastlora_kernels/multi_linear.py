@@ -65,8 +65,8 @@ def _multi_linear_kernel(
         slot = tl.load(slot_ptr + row)
         if slot >= 0:
             start, rank = tl.load(start_ptr + slot).to(tl.int64), tl.load(rank_ptr + slot)
-            biased = (tl.load(biased_ptr + slot) != 0) & (rank > 0)
-            term = tl.load(b_ptr + (start + rank) * N + offs_n, mask=mask_n & biased, other=0.0).to(tl.float32)
+            columns = tl.where((tl.load(biased_ptr + slot) != 0) & (rank > 0), N, 0)
+            term = tl.load(b_ptr + (start + rank) * N + offs_n, mask=offs_n < columns, other=0.0).to(tl.float32)
             for r in tl.range(0, rank, BLOCK_R, num_stages=1):
                 offs_r = r + tl.arange(0, BLOCK_R)
                 mask_r = offs_r < rank

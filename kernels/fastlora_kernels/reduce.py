@@ -42,7 +42,7 @@ def _plan(at: Place, parts: tuple[Layout, ...], outs: tuple[Layout, ...]) -> Lau
     sizes, block = tuple(shape.numel() for shape, _, _ in outs), 1024
     return Launch(
         _reduce_kernel, (cdiv(max(sizes), block), len(outs), 1), (parts[0][0][0], sizes),
-        {"num_warps": 4, "enable_fp_fusion": True}, INTERPRET=INTERPRET, BLOCK=block,
+        {"num_warps": 4}, INTERPRET=INTERPRET, BLOCK=block,
     )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ class Tile:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What goes to the compiler. FP fusion is explicit: Triton 3.10 turns its default off."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        """What goes to the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 FOLDER = Path(__file__).with_name("tables")
