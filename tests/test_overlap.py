@@ -21,6 +21,7 @@ from fastlora import AdapterBank, dispatch
 from fastlora_kernels import overlap
 
 linear = import_module("fastlora_kernels.linear")
+multi = import_module("fastlora.ops.multi")
 
 
 def backward(t: Layer, how: str = "fused", want_dx: bool = True, want_da: bool = True) -> Any:
@@ -146,6 +147,18 @@ def test_what_autograd_watches_stays_in_one_stream(served: tuple[nn.Module, list
     model, done = served
     model(**batch(rows=3, length=2))
     assert "fork" not in done
+
+
+def test_rows_that_are_a_copy_are_made_on_the_second_stream(
+    served: tuple[nn.Module, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first stream would give a copy's memory to the base's output, while the shrink still reads it."""
+    model, done = served
+    q_proj, rows_of = model.model.layers[0].self_attn.q_proj, multi.rows_of
+    monkeypatch.setattr(multi, "rows_of", lambda x: (done.append("copy"), rows_of(x))[1])
+    with torch.no_grad():
+        q_proj(torch.randn(4, 3, q_proj.base_layer.in_features).transpose(0, 1))
+    assert done[:3] == ["fork", "copy", "multi_shrink"]
 
 
 @pytest.mark.gpu

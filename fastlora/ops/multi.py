@@ -54,8 +54,10 @@ def shrink_ahead(
     if not kernels.overlap.captured(x) or not kernels.overlap.pays(kernels.arch(x), "shrink"):
         return None
     with plain(x):
-        rows, routes = rows_of(x), kernels.Routes(order, tiles, counts)
-        h: Tensor = kernels.overlap.ahead(x, lambda: kernels.multi_shrink(rows, a_pool, start, rank, width, routes))
+        routes = kernels.Routes(order, tiles, counts)
+        h: Tensor = kernels.overlap.ahead(  # rows that are a copy are the second stream's: the first would reuse them
+            x, lambda: kernels.multi_shrink(rows_of(x), a_pool, start, rank, width, routes)
+        )
     return h
 
 
