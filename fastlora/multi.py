@@ -229,14 +229,16 @@ class Group:
         self._ready.outputs = None
 
     def fuses(self, x: Tensor, batch: Batch) -> bool:
-        """Whether the layers' own matmuls run in our launch: asked for, few rows on the kernels, plain layers."""
+        """Whether the layers' own matmuls run in our launch: asked for, few rows on the kernels, plain layers that x
+        fits. (What fits none is theirs to refuse: a kernel would read past the end of a row.)"""
         if self.tables.fused_rows == 0 or not 0 < x.shape[:-1].numel() <= self.tables.fused_rows:
             return False
         if batch.width == 0 or torch.is_grad_enabled() or dispatch.backend_of(x) != "triton":
             return False
         layers = [m.base_layer for m in self.members]
         plain = (type(y) is nn.Linear and not y._forward_hooks and not y._forward_pre_hooks for y in layers)
-        return all(plain) and not torch.is_autocast_enabled(x.device.type)
+        fits = (y.in_features == x.shape[-1] and y.weight.dtype == x.dtype for y in layers)
+        return all(plain) and all(fits) and not torch.is_autocast_enabled(x.device.type)
 
     def fused(self, x: Tensor, batch: Batch) -> list[Tensor]:
         """The members' outputs, base and low-rank term in one launch each."""

@@ -52,6 +52,20 @@ def test_few_rows_with_the_matmul_in_the_same_launch(monkeypatch: pytest.MonkeyP
     assert 0 < relative_error(results[6], results[0].double()) < 16 * one_rounding(torch.float32)
 
 
+def test_few_rows_that_do_not_fit_are_refused_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too wide, or of another dtype: torch's own error, where a kernel would read past the rows of its weight."""
+    base = base_model(layers=1)
+    monkeypatch.setattr(dispatch.env, "backend", "triton")
+    bank = bank_with({None: base, "a": tenant(base)}, fused_rows=2)
+    layer = model_of(bank).model.layers[0].self_attn.q_proj
+    K = layer.base_layer.in_features
+    with bank.use(["a"]), torch.no_grad():
+        for x in (torch.randn(1, 2, K + 16), torch.randn(1, 2, K - 16), torch.randn(1, 2, K).half()):
+            with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied|same dtype"):
+                layer(x)
+        layer(torch.randn(1, 2, K))
+
+
 def test_launches_do_not_grow_with_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight launches a decoder layer (q, k, v; o; gate, up; down: a shrink and an expand each), however many adapters;
     and on the torch path as many operators for five adapters as for two."""
