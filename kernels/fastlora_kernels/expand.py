@@ -68,6 +68,7 @@ def _expand_kernel(
     MAIN_PIECES: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FAR: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -98,7 +99,7 @@ def _expand_kernel(
         for i in tl.static_range(len(x_ptrs)):
             acc = main_loop(
                 x_ptrs[i], w_ptrs[i], acc, M, Ks[i], strides_xm[i], strides_xk[i], strides_wn[i], strides_wk[i],
-                offs_m, offs_n, mask_n, MAIN_PIECES, EVEN_N, EVEN_K[i], INTERPRET, BLOCK_K,
+                offs_m, offs_n, mask_n, MAIN_PIECES, EVEN_N, EVEN_K[i], FAR, INTERPRET, BLOCK_K,
             )  # fmt: skip
 
     y_tile = y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n.to(tl.int64)[None, :] * stride_yn
@@ -146,7 +147,8 @@ def _plan(
         BITS=terms.bits_width is not None,
         PIECES=pieces(main, terms.factors, y[2], at.precision),
         MAIN_PIECES=pieces(main, tuple(dtype for _, _, dtype in ws), y[2], at.precision),
-        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks), INTERPRET=INTERPRET,
+        EVEN_N=N % t.BLOCK_N == 0, EVEN_K=tuple(K % t.BLOCK_K == 0 for K in Ks),
+        FAR=any(t.BLOCK_K * stride[1] >= 2**31 for _, stride, _ in (*xs, *ws)), INTERPRET=INTERPRET,
         BLOCK_M=t.BLOCK_M, BLOCK_N=t.BLOCK_N, BLOCK_K=t.BLOCK_K, BLOCK_R=rank_step(terms.rank, t), GROUP_M=t.GROUP_M,
     )  # fmt: skip
     return launch, None

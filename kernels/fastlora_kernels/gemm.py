@@ -25,18 +25,21 @@ def main_loop(
     PIECES: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FAR: tl.constexpr,
     INTERPRET: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc: [BLOCK_M, BLOCK_N] carried on over all features.
 
-    Rows past M repeat the last one: they are never stored, and x is loaded without a row mask.
+    Rows past M repeat the last one: they are never stored, and x is loaded without a row mask.   FAR: a step's features
+    span 2³¹ elements; to allow for that always costs registers, and spills on sm_80.
     """
     x_rows = x_ptr + tl.minimum(offs_m, M - 1).to(tl.int64)[:, None] * stride_xm
     w_cols = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
     offs_k = tl.arange(0, BLOCK_K)
-    x_tile = x_rows + offs_k[None, :] * stride_xk
-    w_tile = w_cols + offs_k[:, None] * stride_wk
+    steps = offs_k.to(tl.int64) if FAR else offs_k
+    x_tile = x_rows + steps[None, :] * stride_xk
+    w_tile = w_cols + steps[:, None] * stride_wk
     for k in tl.range(0, K, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_tile)

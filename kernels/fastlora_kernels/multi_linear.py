@@ -79,7 +79,7 @@ def _multi_linear_kernel(
             acc = tl.where((offs_i == i)[:, None], (term * tl.load(scaling_ptr + slot))[None, :], acc)
     acc = main_loop(
         x_ptr, w_ptr, acc, M, K, stride_xm, stride_xk, stride_wn, stride_wk, offs_m, offs_n, mask_n,
-        PIECES, EVEN_N, EVEN_K, INTERPRET, BLOCK_K,
+        PIECES, EVEN_N, EVEN_K, False, INTERPRET, BLOCK_K,
     )  # fmt: skip
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(tl.float32)[None, :]

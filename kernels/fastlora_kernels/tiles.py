@@ -86,7 +86,7 @@ def shrink_tile(
     for k in tl.range(k_start, k_end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < K
-        x_tile = x_rows + tl.cast(k, tl.int64) * stride_xk + tl.arange(0, BLOCK_K)[None, :] * stride_xk
+        x_tile = x_rows + tl.cast(k, tl.int64) * stride_xk + tl.arange(0, BLOCK_K).to(tl.int64)[None, :] * stride_xk
         x = tl.load(x_tile, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         sums = ()
         for i in tl.static_range(len(f_ptrs)):
