@@ -73,11 +73,16 @@ def sizes(layer: nn.Module) -> tuple[int, int] | None:
 def find(base: nn.Module, target_modules: Any) -> list[Place]:
     """The layers to serve.   target_modules: name endings, a regex, or None for every linear layer but the head.
 
-    Raises ValueError when there is none, TypeError for a layer of PEFT's that is no LoRA layer over a linear one.
+    Raises ValueError when there is none, or for no regex, TypeError for a layer of PEFT's that is no LoRA layer over a
+    linear one.
     """
     whole: Any = base
     head = whole.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     every = target_modules in (None, "all-linear")
+    try:
+        matches("" if every else target_modules, "")
+    except (re.error, TypeError) as error:
+        raise ValueError(f"target_modules: got {target_modules!r}, wanted name endings or a regex: {error}") from error
     places = []
     for place in _walk(base, ""):
         wrapped = place.base is not place.layer

@@ -72,8 +72,8 @@ class AdapterBank:
         ).items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{what}: got {size!r}, wanted a whole number ≥ 1")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype: got {dtype}, wanted a floating dtype")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: got {dtype!r}, wanted a floating dtype")
         self._closed, self._running = False, 0
         self._lock = threading.RLock()
         self._mine = threading.local()

@@ -313,5 +313,10 @@ def test_target_modules() -> None:
     assert len(AdapterBank(model, target_modules=r".*\.1\.mlp\..*")._attached.layers) == 3
     with pytest.raises(ValueError, match=r"target_modules: got \['nobody'\]"):
         AdapterBank(base_model(), target_modules=["nobody"])
+    for odd in ("(", 3):
+        with pytest.raises(ValueError, match=r"target_modules: got .*, wanted name endings or a regex"):
+            AdapterBank(base_model(), target_modules=odd)
+    with pytest.raises(ValueError, match="dtype: got 'float32', wanted a floating dtype"):
+        AdapterBank(base_model(), dtype="float32")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="PROMPT_TUNING"):
         AdapterBank(prompter(base_model(), 3))
