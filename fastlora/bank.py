@@ -85,7 +85,7 @@ class AdapterBank:
         with contextlib.ExitStack() as undo:
             undo.callback(self._attached.detach)
             tables = self._attached.tables
-            self._prompts = Entry(self._attached.base, max_prompts, max_prompt_tokens, tables, self._renew)
+            self._prompts = Entry(self._attached.model, max_prompts, max_prompt_tokens, tables, self._renew)
             undo.callback(self._prompts.close)
             layers = LayerPools(tables, self._attached.groups, self._attached.names)
             self._lora = Shelf("rank rows", layers, max_loras, max_total_rank)

@@ -44,6 +44,9 @@ class Entry(Prompts):
         for name in _ELSEWHERE:
             if hasattr(self.model, name):
                 self._install(self.model, name, self._refused)
+        for owner in dict.fromkeys((model, self.model)):
+            if hasattr(owner, "save_pretrained"):
+                self._install(owner, "save_pretrained", self._unsaved)
 
     @contextlib.contextmanager
     def serving(self, requests: Sequence[PromptOf | None] | None) -> Iterator[None]:
@@ -116,6 +119,12 @@ class Entry(Prompts):
                 "another thread: whose rows they are cannot be known; wanted generate, or a loop of one's own"
             )
         return inner(*args, **kwargs)
+
+    def _unsaved(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{inner.__name__}: got a call while a bank has the model's layers, wanted it before the bank or after its "
+            "close(): the file would lack a PeftModel's adapters, and name weights as no model does"
+        )
 
 
 def _rows(kwargs: dict[str, Any]) -> int:

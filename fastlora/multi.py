@@ -56,6 +56,10 @@ class Tables:
     def __post_init__(self) -> None:
         self.given = torch.full((self.slots + 2,), -1, dtype=torch.int32, device=self.start.device)
 
+    def __getstate__(self) -> Any:
+        """Locks and threads' batches are no part of a copy, and without them it would serve the base, unsaid."""
+        raise TypeError("model: got one that a bank serves, to copy or to pickle; wanted it before the bank, or closed")
+
     @classmethod
     def empty(cls, slots: int, rows: int, device: torch.device) -> Tables:
         return cls(rows, torch.zeros(slots, dtype=torch.int32, device=device), [0] * slots)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,3 +187,19 @@ def test_what_a_hook_has_kept_stays() -> None:
     assert kept
     for y, then in kept:
         assert_same(y, then)
+
+
+def test_copies_and_files_of_a_served_model_are_refused(tmp_path: Path) -> None:
+    """A copy would be the base inside of `use` too, and a PeftModel's file would have no adapter in it."""
+    peft = tenant(base_model(), r=4)
+    bank = AdapterBank(peft)
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="model: got one that a bank serves, to copy or to pickle"):
+            make(peft)
+    for model in (peft, peft.get_base_model()):
+        with pytest.raises(RuntimeError, match="save_pretrained: got a call while a bank has the model's layers"):
+            model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    bank.close()
+    copy.deepcopy(peft).save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
