@@ -96,7 +96,8 @@ class Prompts:
     def _install(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Put around(inner, …) in the place of the method, with its signature."""
         inner = getattr(owner, name)
-        wrapped = functools.update_wrapper(functools.partial(around, inner), inner)
+        wrapped: Any = functools.update_wrapper(functools.partial(around, inner), inner)
+        wrapped.__signature__ = inspect.signature(inner)  # without the self that a function's own may have kept
         self._installed.append((owner, name, vars(owner).get(name), wrapped))
         setattr(owner, name, wrapped)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from banked import bank_of, model_of, prompter, take, tenant
-from models import logits
+from models import base_model, logits
 from peft import PeftModel
 from tolerance import assert_same, relative_error
 from torch import Tensor, arange, compile, nn, no_grad
 
-from fastlora import AdapterBank
+from fastlora import AdapterBank, add_soft_prompt
 
 ROW = {"input_ids": arange(3, 8)[None]}
 
@@ -77,3 +77,16 @@ def test_a_compiled_model_reads_prompts(base: nn.Module) -> None:
         compiled = compile(model_of(bank), backend="eager")
         for _ in range(2):
             assert relative_error(compiled(**inputs).logits, expected.double()) < 1e-5
+
+
+def test_a_model_with_a_soft_prompt_of_its_own_is_served() -> None:
+    """By arguments without names too."""
+    model = base_model()
+    add_soft_prompt(model, 3)
+    expected = logits(model, ROW)
+    bank = AdapterBank(model)
+    with no_grad():
+        assert_same(model(ROW["input_ids"]).logits, expected)
+    take(bank, "a", tenant(base_model(), r=4))
+    with bank.use([None]), no_grad():
+        assert_same(model(ROW["input_ids"]).logits, expected)
