@@ -38,6 +38,9 @@ from fastlora.virtual import (
 BEGUN = "_fastlora_prompts"
 """The attribute of a cache that says whose virtual tokens are in it."""
 
+_BY_DISTANCE = "bloom", "mpt"
+"""Families that take no position_ids and need none: ALiBi counts distances."""
+
 
 @dataclass(frozen=True)
 class PromptOf:
@@ -257,6 +260,11 @@ class Prompts:
             output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
         cache = output.get(self._cache)
         check_plain(cache)
+        if not self._positioned and self.model.config.model_type not in _BY_DISTANCE:
+            raise ValueError(
+                f"model: got {type(self.model).__name__}, whose forward takes no position_ids, wanted one that does: a "
+                "row with fewer virtual tokens than another would stand at that one's positions"
+            )
         layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
         return Prefix(type(cache), layers, output.logits[0, -1].clone())
 

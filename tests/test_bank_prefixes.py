@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from banked import bank_of, model_of, prompter, take, tenant
-from models import base_model, logits
+from models import VOCABULARY, base_model, logits
 from peft import PeftModel
 from tolerance import assert_same, relative_error
 from torch import Tensor, arange, compile, nn, no_grad
+from transformers import BartConfig, BartForCausalLM
 
 from fastlora import AdapterBank, add_soft_prompt
 
@@ -77,6 +79,16 @@ def test_a_compiled_model_reads_prompts(base: nn.Module) -> None:
         compiled = compile(model_of(bank), backend="eager")
         for _ in range(2):
             assert relative_error(compiled(**inputs).logits, expected.double()) < 1e-5
+
+
+def test_a_model_that_counts_columns_as_positions_reads_no_prompt() -> None:
+    """Beside a prompt the row without one would begin at the fourth position."""
+    sizes = dict(d_model=32, decoder_layers=1, decoder_ffn_dim=64, decoder_attention_heads=2)
+    base = BartForCausalLM(BartConfig(vocab_size=VOCABULARY, encoder_layers=1, **sizes)).eval()
+    bank = bank_of(base)
+    take(bank, "p", prompter(base, 3))
+    with pytest.raises(ValueError, match="model: got BartForCausalLM, whose forward takes no position_ids"):
+        answer(bank, None)
 
 
 def test_a_model_with_a_soft_prompt_of_its_own_is_served() -> None:
