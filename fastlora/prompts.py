@@ -92,6 +92,7 @@ class Prompts:
         else:
             self._cache = cache_key(hugging.forward)
             self._positioned = "position_ids" in inspect.signature(hugging.forward).parameters
+            self._planes = hasattr(getattr(hugging, "model", None), "get_rope_index")
             self._alone = hugging.forward
             self._install(hugging, "forward", self._decoder)
             self._install(hugging, "generate", self._generate)
@@ -187,6 +188,11 @@ class Prompts:
         if requests is None:
             return inner(**kwargs)
         inputs = given(kwargs)
+        if kwargs.get("token_type_ids") is not None and hasattr(self.model.config, "vision_config"):
+            raise ValueError(
+                f"token_type_ids: got some, by which {type(self.model).__name__} lets tokens attend to later ones, "
+                "wanted none in a batch with soft prompts: virtual tokens are read before the row's own"
+            )
         tokens, longest = self._tokens(requests, len(inputs), inputs.device)
         prefixes = self._of(requests) if begun is None else []
         if begun is None:
@@ -199,7 +205,7 @@ class Prompts:
             begun.settled = settle(kwargs[self._cache], mask, past, longest)
         kwargs["attention_mask"] = before(mask, tokens, longest)
         if self._positioned:
-            kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1]) + tokens[:, None]
+            kwargs["position_ids"] = positions_of(kwargs, mask, inputs.shape[1], self._planes) + tokens[:, None]
         labels = kwargs.pop("labels", None)
         as_dict, use_cache = (kwargs.pop(name, None) for name in ("return_dict", "use_cache"))
         use_cache = self.model.config.get_text_config(decoder=True).use_cache if use_cache is None else use_cache
@@ -257,7 +263,8 @@ class Prompts:
             alone = multi.Batch(batch.tables, [adapter], {adapter: batch.width})
         rows = self.pool[request.start : request.start + request.tokens]
         with torch.inference_mode(False), torch.no_grad(), serving.serving(alone):
-            output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True)
+            said = {"position_ids": torch.arange(len(rows), device=rows.device)[None]} if self._positioned else {}
+            output = self._alone(inputs_embeds=rows[None], use_cache=True, return_dict=True, **said)
         cache = output.get(self._cache)
         check_plain(cache)
         if not self._positioned and self.model.config.model_type not in _BY_DISTANCE:

@@ -62,12 +62,21 @@ def mask_of(kwargs: dict[str, Any], shape: tuple[int, int], device: torch.device
     return mask
 
 
-def positions_of(kwargs: dict[str, Any], mask: Tensor, S: int) -> Tensor:
-    """position_ids: [B, S] or [1, S]; each row's count of what it attends to before, where none are given."""
+def positions_of(kwargs: dict[str, Any], mask: Tensor, S: int, planes: bool = False) -> Tensor:
+    """position_ids: [B, S] or [1, S]; each row's count of what it attends to before, where none are given.
+
+    planes: the model may take [planes, B, S], of time, height and width.
+    """
     positions = kwargs.get("position_ids")
     if positions is None:
+        grids = [name for name, grid in kwargs.items() if name.endswith("_grid_thw") and grid is not None]
+        if grids:
+            raise ValueError(
+                f"position_ids: got none beside {grids[0]}, by which the model places images, wanted the model's own "
+                "for the tokens without virtual ones, as generate gives them"
+            )
         return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -S:]
-    if positions.dim() != 2 or positions.shape[1] != S:
+    if positions.dim() not in (2, 2 + planes) or positions.shape[-1] != S:
         raise ValueError(f"position_ids: got shape {tuple(positions.shape)}, wanted [rows, {S}]")
     return positions
 
