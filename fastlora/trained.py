@@ -183,6 +183,7 @@ class JobLayer(nn.Module):
     def bias(self) -> Any:
         return self.base_layer.bias
 
+    @torch.inference_mode(False)  # factors outlive the caller's inference mode
     def add_job(
         self,
         name: str,
@@ -245,6 +246,7 @@ class JobLayer(nn.Module):
             f"requests first, [{requests}, …, {self.in_features}]{advice}"
         )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _pack(self) -> None:
         """Every job's lora_A in one pool of rank rows, the parameters views of it; lora_B, which lies the other way, is

@@ -55,6 +55,19 @@ def test_outside_of_use_the_model_is_its_base(llama: Any, jobs: tuple[nn.Module,
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_jobs_that_come_and_go_in_inference_mode_train(jobs: tuple[nn.Module, Jobs], tmp_path: Path) -> None:
+    """A server may evaluate in it; the pool that they then share is everybody's."""
+    model, crew = jobs
+    crew.save("b", tmp_path)
+    with torch.inference_mode():
+        crew.remove("b")
+        crew.load(tmp_path, "d")
+        crew.add("e")
+    for name in crew.names:
+        gradients(model, crew, ids(), [name] * len(MIXED))
+        torch.optim.AdamW(crew.parameters(name)).step()
+
+
 def test_factors_lie_in_one_pool_and_steps_write_into_it(jobs: tuple[nn.Module, Jobs]) -> None:
     model, crew = jobs
     layer = crew.layers["model.layers.0.self_attn.q_proj"]
