@@ -53,7 +53,7 @@ class Jobs:
                     f"model: got a {type(place.layer).__name__} at {place.name}, wanted a plain model: unload() a "
                     "PeftModel, and load its adapter from its folder by Jobs.load"
                 )
-        self._model, self._seats = model, seats
+        self._model, self._seats, self._closed = model, seats, False
         self._trained = [p for p in model.parameters() if p.requires_grad]
         for p in self._trained:
             p.requires_grad_(False)
@@ -115,8 +115,10 @@ class Jobs:
         its own rows, numbered from its first: alone in a batch, padded alike, under the same `torch.manual_seed`, it
         would be the same. With gradient checkpointing, call backward inside, too.   One thread or asyncio task may be
         inside at a time; in others the model is its base.
-        Raises KeyError, TypeError, ValueError; RuntimeError for a second thread or task.
+        Raises KeyError, TypeError, ValueError; RuntimeError for a second thread or task, and after `close`.
         """
+        if self._closed:
+            raise RuntimeError("use: got a call after close(), where the model is its base, wanted it before")
         listed = isinstance(names, Sequence) and not isinstance(names, str)
         if not listed or not all(name is None or isinstance(name, str) for name in names):
             raise TypeError(f"names: got {names!r}, wanted a list of names, one for each request")
@@ -199,9 +201,11 @@ class Jobs:
 
     def close(self) -> None:
         """The model as it was, with its own layers, and trainable where it was."""
-        self._seats.clear()
-        for p in self._trained:
-            p.requires_grad_(True)
+        if not self._closed:
+            self._closed = True
+            self._seats.clear()
+            for p in self._trained:
+                p.requires_grad_(True)
 
     def _find(self, name: str) -> None:
         if name not in self._jobs:

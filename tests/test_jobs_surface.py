@@ -55,6 +55,17 @@ def test_outside_of_use_the_model_is_its_base(llama: Any, jobs: tuple[nn.Module,
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_closed_jobs_say_so_and_leave_others_alone(jobs: tuple[nn.Module, Jobs]) -> None:
+    model, crew = jobs
+    crew.close()
+    with pytest.raises(RuntimeError, match=r"use: got a call after close\(\)"), crew.use(MIXED):
+        pass
+    others = Jobs(model)
+    crew.close()
+    assert all(layer in [*model.modules()] for layer in others.layers.values())
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_jobs_that_come_and_go_in_inference_mode_train(jobs: tuple[nn.Module, Jobs], tmp_path: Path) -> None:
     """A server may evaluate in it; the pool that they then share is everybody's."""
     model, crew = jobs
