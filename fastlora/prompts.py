@@ -216,7 +216,7 @@ class Prompts:
         if labels is not None:
             options = {name: kwargs[name] for name in kwargs.keys() - inspect.signature(inner).parameters.keys()}
             logits = output.logits
-            if prefixes:
+            if prefixes and logits.shape[1] == inputs.shape[1]:  # of fewer, none stands before the first token
                 logits, labels = shifted(logits, labels, mask, tokens, prefixes)
             fields["loss"] = self.model.loss_function(
                 logits=logits, labels=labels, vocab_size=logits.shape[-1], **options

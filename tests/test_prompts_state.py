@@ -185,6 +185,15 @@ def test_closing_gives_the_methods_back(tenants: Tenants) -> None:
     assert not {"forward", "generate"} & (vars(model).keys() | vars(model.get_encoder()).keys())
 
 
+def test_a_loss_of_the_last_logits_alone(llama: Tenants) -> None:
+    """None of them stands before a first token, which the last virtual one would predict."""
+    ids = torch.stack(rows_of([6] * len(WHO)))
+    last = llama.forward(WHO, input_ids=ids, logits_to_keep=3, labels=ids[:, -3:])
+    logits = llama.forward(WHO, input_ids=ids).logits[:, -3:]
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, -2:].flatten())
+    torch.testing.assert_close(last.loss, wanted)
+
+
 def test_bad_input_is_refused(llama: Tenants) -> None:
     batch, d = padded(rows_of(), "left"), llama.prompts.pool.shape[1]
     for match, call in {
