@@ -46,7 +46,10 @@ def answers(model: Any, batch: dict[str, Tensor], tokens: int, **more: Any) -> l
 def alone(
     model: PreTrainedModel, folders: dict[str, Path], requests: Sequence[Request], tokenizer: Any, tokens: int
 ) -> list[list[int]]:
-    """Each request by itself in plain PEFT; it refuses LoRA with a prompt, so there the adapter is merged first."""
+    """Each request by itself in plain PEFT; it refuses LoRA with a prompt, so there the adapter is merged first.
+
+    Prompts without a cache: with transformers 5.24, PEFT 0.21.2 generates other tokens on one.
+    """
     answered: dict[Request, list[int]] = {}
     for adapter, prompt in dict.fromkeys((request.adapter, request.prompt) for request in requests):
         plain: Any = copy.deepcopy(model)
@@ -58,7 +61,7 @@ def alone(
         for request in requests:
             if (request.adapter, request.prompt) == (adapter, prompt):
                 batch = padded(tokenizer, [request.text], model.device)
-                answered[request] = answers(plain.eval(), batch, tokens)[0]
+                answered[request] = answers(plain.eval(), batch, tokens, use_cache=not prompt)[0]
     return [answered[request] for request in requests]
 
 
