@@ -7,6 +7,7 @@ many rows for each, side by side.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ _BATCHES = (
 _ELSEWHERE = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of transformers' that run the model in a thread of its own, on a batch of their own making."""
 
+_LAYERS_OWN = (
+    "save_pretrained", "add_adapter", "load_adapter", "set_adapter", "delete_adapter", "add_weighted_adapter",
+    "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload",
+)  # fmt: skip
+"""Methods of transformers' and PEFT's that look for layers which a bank has: without them they do nothing, or harm."""
+
 
 class Entry(Prompts):
     """The soft prompts of a bank's model, said with the batch and so by task as by thread, and the model's two doors.
@@ -44,9 +51,9 @@ class Entry(Prompts):
         for name in _ELSEWHERE:
             if hasattr(self.model, name):
                 self._install(self.model, name, self._refused)
-        for owner in dict.fromkeys((model, self.model)):
-            if hasattr(owner, "save_pretrained"):
-                self._install(owner, "save_pretrained", self._unsaved)
+        for owner, name in itertools.product(dict.fromkeys((model, self.model)), _LAYERS_OWN):
+            if hasattr(owner, name):
+                self._install(owner, name, self._without_layers)
 
     @contextlib.contextmanager
     def serving(self, requests: Sequence[PromptOf | None] | None) -> Iterator[None]:
@@ -120,10 +127,10 @@ class Entry(Prompts):
             )
         return inner(*args, **kwargs)
 
-    def _unsaved(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _without_layers(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             f"{inner.__name__}: got a call while a bank has the model's layers, wanted it before the bank or after its "
-            "close(): the file would lack a PeftModel's adapters, and name weights as no model does"
+            "close(): it would find none of PEFT's, and a file would name weights as no model does"
         )
 
 

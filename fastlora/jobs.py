@@ -155,8 +155,9 @@ class Jobs:
             odd = sorted(state.keys() ^ mine.keys())
             raise ValueError(f"state: job {name!r} and it differ in {', '.join(odd[:5])}, of {len(odd)}")
         for key, p in mine.items():
-            if state[key].shape != p.shape:
-                raise ValueError(f"state: got {key} of shape {tuple(state[key].shape)}, wanted {tuple(p.shape)}")
+            if not isinstance(state[key], Tensor) or state[key].shape != p.shape:
+                got = tuple(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+                raise ValueError(f"state: got {key} of shape {got}, wanted {tuple(p.shape)}")
         for key, p in mine.items():
             p.copy_(state[key])
 

@@ -189,7 +189,7 @@ def test_what_a_hook_has_kept_stays() -> None:
         assert_same(y, then)
 
 
-def test_copies_and_files_of_a_served_model_are_refused(tmp_path: Path) -> None:
+def test_copies_files_and_changes_of_a_served_model_are_refused(tmp_path: Path) -> None:
     """A copy would be the base inside of `use` too, and a PeftModel's file would have no adapter in it."""
     peft = tenant(base_model(), r=4)
     bank = AdapterBank(peft)
@@ -200,6 +200,10 @@ def test_copies_and_files_of_a_served_model_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="save_pretrained: got a call while a bank has the model's layers"):
             model.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+    for change in (lambda: peft.set_adapter("default"), lambda: peft.delete_adapter("default"), peft.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"\w+: got a call while a bank has the model's layers"):
+            change()
     bank.close()
     copy.deepcopy(peft).save_pretrained(tmp_path)
+    peft.merge_and_unload()
     assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -254,6 +254,11 @@ BAD: dict[str, tuple[type[Exception], str, Callable[[Any], Any]]] = {
         lambda c: c.load_state_dict("c", c.state_dict("a")),
     ),
     "another's rank": (ValueError, "state: got .* of shape", lambda c: c.load_state_dict("b", c.state_dict("a"))),
+    "no tensors": (
+        ValueError,
+        "state: got .* of shape NoneType",
+        lambda c: c.load_state_dict("a", dict.fromkeys(c.state_dict("a"))),
+    ),
     "a job of no one": (KeyError, "job 'z'", lambda crew: crew.parameters("z")),
 }
 
