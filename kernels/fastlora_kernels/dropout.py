@@ -104,18 +104,18 @@ def keep_and_leave(
     mask_m,
     col_start,
     threshold,
-    LEAVE,
+    pid,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`keep`, whose bits are stored too: in rows of bits_width bytes, unless LEAVE is false."""
+    """`keep`, whose bits are stored too: in rows of bits_width bytes, by the program 0."""
     w0, w1, w2, w3 = _words(seed, offs_m, col_start, BLOCK_N)
     bits = _two_bits(w0, threshold, 1) & _two_bits(w1, threshold, 4)
     bits &= _two_bits(w2, threshold, 16) & _two_bits(w3, threshold, 64)
     groups = col_start // 8 + tl.arange(0, BLOCK_N // 8)
     at = offs_m.to(tl.int64)[:, None] * bits_width + groups[None, :]
-    left = tl.where(LEAVE, bits_width, 0)  # a number: a scalar of int1 makes no mask in Triton 3.9's interpreter
-    tl.store(bits_ptr + at, bits.to(tl.uint8), mask=mask_m[:, None] & (groups < left)[None, :])
+    leave = tl.full([1, 1], pid, tl.int32) == 0  # of a scalar, Triton 3.9's interpreter makes int32, no mask
+    tl.store(bits_ptr + at, bits.to(tl.uint8), mask=mask_m[:, None] & (groups < bits_width)[None, :] & leave)
     return _select(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_N)
 
 

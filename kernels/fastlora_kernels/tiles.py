@@ -151,7 +151,7 @@ def outer_tile(
             if BITS and SEEDS[i] >= 0:
                 kept = keep_and_leave(
                     seeds[i], bits_ptr + tl.cast(M, tl.int64) * bits_width * SEEDS[i], bits_width, offs_m, mask_m,
-                    pid_k * BLOCK_K, thresholds[i], pid_r == 0, BLOCK_M, BLOCK_K,
+                    pid_k * BLOCK_K, thresholds[i], pid_r, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
                 dropped = tl.where(kept, x, 0.0)
             else:
