@@ -1,9 +1,10 @@
-"""Triton's interpreter, four times as fast, and with a tensor core's arithmetic in place of numpy's."""
+"""Triton's interpreter, four times as fast, with a tensor core's arithmetic in place of numpy's, and masks of bools."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,23 @@ def truncate() -> None:
         return TensorHandle(total.astype(np.float32), acc.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def want_bools() -> None:
+    """Masks of bools alone, as Triton 3.9 has it: of a scalar of int1, spread over a block, interpreters make int32."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def checked(access: Callable[..., Any], at: int) -> Callable[..., Any]:
+        def masked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            mask = args[at] if isinstance(args[at], np.ndarray) else args[at].data
+            if mask.dtype != bool:
+                raise ValueError(f"mask: got {mask.dtype}, wanted bool")
+            return access(self, *args, **kwargs)
+
+        return masked
+
+    InterpreterBuilder.create_masked_load = checked(InterpreterBuilder.create_masked_load, 1)
+    InterpreterBuilder.create_masked_store = checked(InterpreterBuilder.create_masked_store, 2)
 
 
 def _towards_zero(exact: Any) -> Any:

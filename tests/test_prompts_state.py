@@ -14,7 +14,8 @@ from tolerance import assert_same
 from torch import Tensor
 
 from fastlora import multi, serving
-from fastlora.prompts import PromptOf, Prompts
+from fastlora.prompts import PromptOf, Prompts, named
+from fastlora.virtual import cache_key
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -233,6 +234,19 @@ def test_bad_input_is_refused(llama: Tenants) -> None:
         serving.serving(multi.Batch(multi.Tables.empty(1, 1, torch.device("cpu")), [0, 0], {0: 1})),
     ):
         llama.forward(WHO, **batch)
+
+
+def test_a_cache_goes_by_the_name_that_the_forward_has() -> None:
+    """transformers 5.24 renamed it, and still takes the old name."""
+
+    def newer(input_ids: int, cache: int | None = None) -> None: ...
+
+    def older(input_ids: int, past_key_values: int | None = None) -> None: ...
+
+    assert (cache_key(newer), cache_key(older)) == ("cache", "past_key_values")
+    assert named(newer, (1,), {"past_key_values": 2}) == {"input_ids": 1, "cache": 2}
+    assert named(newer, (1, 2), {}) == {"input_ids": 1, "cache": 2}
+    assert named(older, (1,), {"past_key_values": 2}) == {"input_ids": 1, "past_key_values": 2}
 
 
 def test_models_without_a_plain_cache_are_refused() -> None:
