@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from fastlora.eager.base import native, project, pull_back
 from fastlora.eager.dropout import kept, lanes
-from fastlora.eager.thin import dear, wide_dtype
+from fastlora.eager.thin import add_product_, cast, dear, wide_dtype
 from fastlora.reference import dropout_scale
 
 FEW_INPUTS = 2**17
@@ -55,18 +55,16 @@ def add_update_(
     grow = 1.0
     if not _alike(x, a, b):
         wide = wide_dtype(x)
-        a, b = _as(a, wide), _as(b, wide)
+        a, b = cast(a, wide), cast(b, wide)
     if seed is None:
-        x = _as(x, a.dtype)
+        x = cast(x, a.dtype)
     else:
         x, grow = kept(x, lanes(seed, len(x), x.shape[1], p), p, a.dtype), dropout_scale(p)
     h = linear(x, a)
     if lora_bias is not None:
         y.add_(torch.addmm(lora_bias.to(b.dtype), h, b.t(), alpha=grow), alpha=scale)
-    elif y.dtype is h.dtype:
-        y.addmm_(h, b.t(), alpha=scale * grow)
     else:
-        y.copy_(y.to(h.dtype).addmm_(h, b.t(), alpha=scale * grow))
+        add_product_(y, h, b.t(), scale * grow)
     return h
 
 
@@ -93,17 +91,18 @@ def backward(
     d, a_dtype, b_dtype = dy, a.dtype, b.dtype
     if mixed := not _alike(dy, a, b):
         wide = wide_dtype(dy)
-        d, a, b = _as(dy, wide), _as(a, wide), _as(b, wide)
+        d, a, b = cast(dy, wide), cast(a, wide), cast(b, wide)
     if seed is not None:
         scale *= dropout_scale(p)
-    d = d * scale  # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
+    # first, as in plain torch: few roundings, done elsewhere, would differ from its by chance
+    d = d * scale if d is dy else d.mul_(scale)
     if want_db and h is not None:
-        db = d.t().mm(_as(h, b.dtype))
+        db = d.t().mm(cast(h, b.dtype))
     if not (want_dx or want_da):
-        return dx, da, None if db is None else _as(db, b_dtype)
+        return dx, da, None if db is None else cast(db, b_dtype)
     dh, x = d.mm(b), x if want_da else None
-    if want_dx and seed is None and w is not None and dh.dtype is dy.dtype:
-        dx = pull_back((dy, w)).addmm_(dh, a)
+    if want_dx and seed is None and w is not None:
+        dx = add_product_(pull_back((dy, w)), dh, a)
     elif want_dx:
         term = dh.mm(a)
     if seed is not None:
@@ -111,11 +110,11 @@ def backward(
         term = None if term is None else kept(term, mask, p, term.dtype)
         x = None if x is None else kept(x, mask, p, dh.dtype)
     if x is not None:
-        da = dh.t().mm(_as(x, dh.dtype))
+        da = dh.t().mm(cast(x, dh.dtype))
     if term is not None:
-        dx = _as(term, dy.dtype) if w is None else pull_back((dy, w), onto=term)
+        dx = cast(term, dy.dtype) if w is None else pull_back((dy, w), onto=term)
     if mixed:
-        da, db = None if da is None else _as(da, a_dtype), None if db is None else _as(db, b_dtype)
+        da, db = None if da is None else cast(da, a_dtype), None if db is None else cast(db, b_dtype)
     return dx, da, db
 
 
@@ -127,8 +126,3 @@ def _alike(rows: Tensor, a: Tensor, b: Tensor) -> bool:
         return True
     (M, width), (R, K) = rows.shape, a.shape
     return not dear(M, max(K, len(b)), R) if native(rows) else M * width * R < WIDE_THIN_PRODUCTS
-
-
-def _as(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """t.to(dtype), which even where there is nothing to do takes 1 µs."""
-    return t if t.dtype is dtype else t.to(dtype)

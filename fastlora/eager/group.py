@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.eager.base import native, project, pull_back
 from fastlora.eager.dropout import drop, drop_
-from fastlora.eager.thin import add_low_rank_, low_rank, thin_dtype, wide_dtype, with_bias
+from fastlora.eager.thin import add_low_rank_, cast, low_rank, outer, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 STACKED = 8
@@ -40,7 +40,7 @@ def _thin(x: Tensor, factors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return factors[0].to(dtype) if len(factors) == 1 else torch.cat([f.to(dtype) for f in factors])
+    return cast(factors[0], dtype) if len(factors) == 1 else torch.cat([cast(f, dtype) for f in factors])
 
 
 def lora_group(
@@ -62,16 +62,16 @@ def lora_group(
     adapters, parts = [a for a in as_ if a is not None], columns(as_)
     thin = _thin(x, adapters)
     if adapters and seeds is None and all(len(a) % STACKED == 0 for a in adapters):
-        h = torch.mm(x.to(thin), _stacked(adapters, thin).t()).to(wide_dtype(x))
+        h = cast(torch.mm(cast(x, thin), _stacked(adapters, thin).t()), wide_dtype(x))
     else:
         h = x.new_empty((len(x), parts[-1].stop), dtype=wide_dtype(x))
         drawn = _drawn(seeds, ps)
-        rows = x.to(thin) if any(a is not None and seed is None for a, seed in zip(as_, drawn, strict=True)) else x
+        rows = cast(x, thin) if any(a is not None and seed is None for a, seed in zip(as_, drawn, strict=True)) else x
         for a, part, seed, p in zip(as_, parts, drawn, ps, strict=True):
             if a is None:
                 continue
             kept = rows if seed is None else drop(x, seed, p, thin)
-            h[:, part] = torch.mm(kept, a.to(thin).t())
+            h[:, part] = torch.mm(kept, cast(a, thin).t())
             if seed is not None:
                 h[:, part] *= dropout_scale(p)
     for y, part, b, lora_bias, scale in zip(ys, parts, bs, lora_biases, scales, strict=True):
@@ -116,7 +116,7 @@ def lora_group_backward(
         if layers:
             dx = pull_back(*layers, onto=masked)
         elif masked is not None:
-            dx = masked.to(like.dtype)
+            dx = cast(masked, like.dtype)
         else:
             K = next((t.shape[1] for t in (*as_, *ws) if t is not None), 0)
             dx = like.new_zeros((like.shape[0], K))
@@ -153,9 +153,9 @@ def _dy_pass(
         db = dh = None
         if b is not None and dy is not None:
             thin = thin_dtype(dy, b)
-            dy_thin, b_thin = dy.to(thin), b.to(thin)
+            dy_thin, b_thin = cast(dy, thin), cast(b, thin)
             if want_db and h is not None:
-                db = torch.addmm(b_thin, dy_thin.t(), h[:, part].to(thin), beta=0, alpha=scale).to(b.dtype)
+                db = cast(outer(dy_thin, cast(h[:, part], thin), b_thin, scale), b.dtype)
             if want_dh:
                 dh = torch.mm(dy_thin, b_thin)
         elif b is not None and want_db:
@@ -170,14 +170,15 @@ def _da(das: list[Tensor | None], x: Tensor, terms: Sequence[_Term]) -> None:
     for i, dh, a, scale, seed, p in terms:
         if seed is not None:
             thin = _thin(x, [a])
-            das[i] = torch.addmm(a.to(thin), dh.to(thin).t(), drop(x, seed, p, thin), beta=0, alpha=scale).to(a.dtype)
+            da = torch.addmm(cast(a, thin), cast(dh, thin).t(), drop(x, seed, p, thin), beta=0, alpha=scale)
+            das[i] = cast(da, a.dtype)
     plain = [term for term in terms if term.seed is None]
     if plain:
         thin = _thin(x, [term.a for term in plain])
-        stacked = torch.cat([term.dh.to(thin) for term in plain], 1)
-        together = torch.mm(stacked.t(), x.to(thin)).split([len(term.a) for term in plain])
+        stacked = torch.cat([cast(term.dh, thin) for term in plain], 1)
+        together = torch.mm(stacked.t(), cast(x, thin)).split([len(term.a) for term in plain])
         for term, da in zip(plain, together, strict=True):
-            das[term.member] = da.mul_(term.scale).to(term.a.dtype)
+            das[term.member] = cast(da.mul_(term.scale), term.a.dtype)
 
 
 def _masked(terms: Sequence[_Term], dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlora.eager import few
 from fastlora.eager.base import project, pull_back
 from fastlora.eager.dropout import drop, drop_
-from fastlora.eager.thin import add_low_rank_, low_rank, shrink, thin_dtype, wide_dtype, with_bias
+from fastlora.eager.thin import add_low_rank_, cast, low_rank, outer, shrink, thin_dtype, wide_dtype, with_bias
 from fastlora.reference import dropout_scale
 
 
@@ -26,7 +26,7 @@ def lora_linear(
     """y = x·wᵀ + bias + scale·drop(x)·aᵀ·bᵀ + scale·lora_bias.   Returns y: [M, N] in x's dtype, h: [M, R] fp32."""
     if few.applies(x, x.numel()):
         y, h = few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)
-        return y, h.to(wide_dtype(x))
+        return y, cast(h, wide_dtype(x))
     y = project(x, w, bias)
     h = shrink(x, a, seed, p)
     return add_low_rank_(y, *with_bias(h, b, lora_bias), scale), h
@@ -47,9 +47,9 @@ def lora_update(
     out = y.to(torch.promote_types(y.dtype, dtype), copy=True, memory_format=torch.contiguous_format)
     if few.applies(x, x.numel()):
         h = few.add_update_(out, x, a, b, lora_bias, seed, scale, p)
-        return out.to(dtype), h.to(wide_dtype(x))
+        return cast(out, dtype), cast(h, wide_dtype(x))
     h = shrink(x, a, seed, p)
-    return add_low_rank_(out, *with_bias(h, b, lora_bias), scale).to(dtype), h
+    return cast(add_low_rank_(out, *with_bias(h, b, lora_bias), scale), dtype), h
 
 
 def lora_backward(
@@ -74,15 +74,10 @@ def lora_backward(
     if few.applies(dy, M * K):
         return few.backward(dy, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
     thin = thin_dtype(dy, b)
-    dy_thin, b_thin = dy.to(thin), b.to(thin)
+    dy_thin, b_thin = cast(dy, thin), cast(b, thin)
     dx = da = db = None
     if want_db and h is not None:
-        h_thin = h.to(thin)
-        if thin.itemsize == 2:
-            db = torch.addmm(b_thin, dy_thin.t(), h_thin, beta=0, alpha=scale)  # β = 0: b unread
-        else:  # (hᵀ·dy)ᵀ: in fp32 MKL takes twice as long over [N, R] as over [R, N]
-            db = torch.addmm(b_thin.t(), h_thin.t(), dy_thin, beta=0, alpha=scale).t().contiguous()
-        db = db.to(b.dtype)
+        db = cast(outer(dy_thin, cast(h, thin), b_thin, scale), b.dtype)
     if not (want_dx or want_da):
         return dx, da, db
     unscaled = torch.mm(dy_thin, b_thin)  # dh without its scale, which the next products bring
@@ -90,12 +85,13 @@ def lora_backward(
         scale *= dropout_scale(p)
     if want_da and x is not None:
         thin = thin_dtype(x, a)
-        kept = x.to(thin) if seed is None else drop(x, seed, p, thin)
-        da = torch.addmm(a.to(thin), unscaled.to(thin).t(), kept, beta=0, alpha=scale).to(a.dtype)
+        kept = cast(x, thin) if seed is None else drop(x, seed, p, thin)
+        da = torch.addmm(cast(a, thin), cast(unscaled, thin).t(), kept, beta=0, alpha=scale)  # β = 0: a unread
+        da = cast(da, a.dtype)
         del kept  # before dx is made
     if want_dx and seed is not None:
         term = drop_(low_rank(unscaled, a, scale, dy.dtype), seed, p)
-        dx = pull_back((dy, w), onto=term) if w is not None else term.to(dy.dtype)
+        dx = pull_back((dy, w), onto=term) if w is not None else cast(term, dy.dtype)
     elif want_dx:
         dx = pull_back((dy, w)) if w is not None else dy.new_zeros((M, K))
         add_low_rank_(dx, unscaled, a, scale)

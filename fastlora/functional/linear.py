@@ -168,14 +168,14 @@ def _run(name: str, rule: type[torch.autograd.Function], *inputs: Any, own: tupl
     return face(name, inputs[0])(*inputs)[0]
 
 
-def lora_linear_few(
+def lora_linear_on_torch(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, lora_bias: Tensor | None, scale: float, p: float
-) -> Tensor | None:
-    """`lora_linear` on the torch backend, without autocast, of few rows on a CPU; None elsewhere, where somebody trains
-    the base or a bias, and where somebody watches the ops.
+) -> Tensor:
+    """`lora_linear` on the torch backend, without autocast.
 
     Nothing is checked: what does not fit together is torch's to refuse, as it is in PEFT's own layers.
     """
+    seed = draw_seed(x) if p > 0 else None
     if (
         not ops.few.applies(x, x.numel())
         or traced()
@@ -184,8 +184,7 @@ def lora_linear_few(
         or (bias is not None and bias.requires_grad)
         or (lora_bias is not None and lora_bias.requires_grad)
     ):
-        return None
-    seed = draw_seed(x) if p > 0 else None
+        return _run("lora_linear", _LoRALinear, x, w, bias, a, b, lora_bias, seed, scale, p, "torch")
     if torch.is_grad_enabled() and (x.requires_grad or a.requires_grad or b.requires_grad):
         return _FewRows.apply(x, a, b, (w, bias, lora_bias, seed, scale, p))
     return ops.few.forward(x, w, bias, a, b, lora_bias, seed, scale, p)[0]
@@ -221,9 +220,7 @@ def lora_linear(
     scale, lora_B, lora_bias = fold(scaling, lora_B, lora_bias)
     where = dispatch.backend_for(x, backend, p > 0)
     if where == "torch" and autocast is None:
-        y = lora_linear_few(x, weight, bias, lora_A, lora_B, lora_bias, scale, p)
-        if y is not None:
-            return y
+        return lora_linear_on_torch(x, weight, bias, lora_A, lora_B, lora_bias, scale, p)
     seed = draw_seed(x) if p > 0 else None
     return _run(
         "lora_linear", _LoRALinear,

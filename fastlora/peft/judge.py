@@ -102,7 +102,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _intercepted() -> str | None:
-    """Who wants to be called by what a fused layer passes over; 0.5 µs to know."""
+    """Who wants to be called by what a fused layer passes over."""
     for owner, name, function in PASSED_OVER:
         if getattr(owner, name) is not function:
             was = f"{function.__module__}.{function.__qualname__}" if function else "before fastlora was imported"

@@ -45,8 +45,13 @@ class _Fused(nn.Module):
                 dispatch.fell_back(self._name or type(self).__name__, plan, self._strict)
             return super().forward(x, *args, **kwargs)
         base, weight, adapters = plan
-        few = not is_compiling() and dispatch.few_rows(x) and dispatch.backend_for(x) == "torch"
-        if self._siblings is not None and weight is not None and len(adapters) <= 1 and not few:
+        on_torch = not is_compiling() and dispatch.backend_for(x) == "torch"
+        if (
+            self._siblings is not None
+            and weight is not None
+            and len(adapters) <= 1
+            and not (on_torch and dispatch.few_rows(x))
+        ):
             mine = self._siblings.run(self._index, x, plan)
             if mine is not None:
                 return mine
@@ -54,10 +59,9 @@ class _Fused(nn.Module):
             a, b, scaling, lora_bias, p, training = adapters[0]
             bias = own(base, "bias")
             fits = x.shape[-1:] == weight.shape[1:]  # of what may not, for the rest is as PEFT made it
-            if few and fits and type(scaling) is float and not is_autocast_enabled("cpu"):
-                mine = functional.lora_linear_few(x, weight, bias, a, b, lora_bias, scaling, p if training else 0.0)
-                if mine is not None:
-                    return mine
+            if on_torch and fits and type(scaling) is float and x.is_cpu and not is_autocast_enabled("cpu"):
+                p = p if training else 0.0
+                return functional.lora_linear_on_torch(x, weight, bias, a, b, lora_bias, scaling, p)
             return functional.lora_linear(
                 x, weight, bias, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias
             )
