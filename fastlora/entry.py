@@ -7,7 +7,6 @@ many rows for each, side by side.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,11 +27,11 @@ _BATCHES = (
 _ELSEWHERE = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 """Methods of transformers' that run the model in a thread of its own, on a batch of their own making."""
 
-_LAYERS_OWN = (
-    "save_pretrained", "add_adapter", "load_adapter", "set_adapter", "delete_adapter", "add_weighted_adapter",
-    "merge_adapter", "unmerge_adapter", "merge_and_unload", "unload",
-)  # fmt: skip
-"""Methods of transformers' and PEFT's that look for layers which a bank has: without them they do nothing, or harm."""
+
+_HAS_LAYERS = (
+    "a bank has the model's layers, wanted it before the bank or after its close(): it would find none of PEFT's, and "
+    "a file would name weights as no model does"
+)
 
 
 class Entry(Prompts):
@@ -46,14 +45,13 @@ class Entry(Prompts):
     ) -> None:
         super().__init__(model, max_prompts, max_tokens)
         self.tables, self._renew = tables, renew
-        self._install(self.model, "forward", self._whole)
-        self._install(self.model, "generate", self._multiplied)
+        self.doors.install(self.model, "forward", self._whole)
+        self.doors.install(self.model, "generate", self._multiplied)
         for name in _ELSEWHERE:
             if hasattr(self.model, name):
-                self._install(self.model, name, self._refused)
-        for owner, name in itertools.product(dict.fromkeys((model, self.model)), _LAYERS_OWN):
-            if hasattr(owner, name):
-                self._install(owner, name, self._without_layers)
+                self.doors.install(self.model, name, self._refused)
+        for owner in dict.fromkeys((model, self.model)):
+            self.doors.keep_layers(owner, _HAS_LAYERS)
 
     @contextlib.contextmanager
     def serving(self, requests: Sequence[PromptOf | None] | None) -> Iterator[None]:
@@ -126,12 +124,6 @@ class Entry(Prompts):
                 "another thread: whose rows they are cannot be known; wanted generate, or a loop of one's own"
             )
         return inner(*args, **kwargs)
-
-    def _without_layers(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError(
-            f"{inner.__name__}: got a call while a bank has the model's layers, wanted it before the bank or after its "
-            "close(): it would find none of PEFT's, and a file would name weights as no model does"
-        )
 
 
 def _rows(kwargs: dict[str, Any]) -> int:

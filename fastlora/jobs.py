@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from fastlora import adapters, groups
 from fastlora.attach import Seats
+from fastlora.doors import Doors
 from fastlora.serving import BASE
 from fastlora.trained import Crew, Options
 
@@ -63,6 +64,8 @@ class Jobs:
         for name, layer in self.layers.items():
             layer.crew, layer.place, layer.leads = self._crew, name, leads.get(name, "unknown")
         self._jobs: dict[str, Options] = {}
+        self._doors = Doors()
+        self._doors.keep_layers(model, "jobs have the model's layers, wanted Jobs.save, or it after their close()")
 
     @property
     def names(self) -> list[str]:
@@ -204,6 +207,7 @@ class Jobs:
         """The model as it was, with its own layers, and trainable where it was."""
         if not self._closed:
             self._closed = True
+            self._doors.close()
             self._seats.clear()
             for p in self._trained:
                 p.requires_grad_(True)

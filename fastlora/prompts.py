@@ -9,7 +9,6 @@ embeddings, each row packed to the left. Both are done where the model's forward
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import threading
 from collections import OrderedDict
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlora import multi, serving
+from fastlora.doors import Doors
 from fastlora.virtual import (
     Packed,
     Prefix,
@@ -85,34 +85,21 @@ class Prompts:
         self._prefixes: OrderedDict[Any, Future[Prefix]] = OrderedDict()
         self._lock = threading.Lock()
         self._current = threading.local()
-        self._installed: list[tuple[Any, str, Any, Any]] = []
+        self.doors = Doors()
         if hugging.config.is_encoder_decoder:
-            self._install(hugging.get_encoder(), "forward", self._encoder)
-            self._install(hugging, "forward", self._encoder_decoder)
+            self.doors.install(hugging.get_encoder(), "forward", self._encoder)
+            self.doors.install(hugging, "forward", self._encoder_decoder)
         else:
             self._cache = cache_key(hugging.forward)
             self._positioned = "position_ids" in inspect.signature(hugging.forward).parameters
             self._planes = hasattr(getattr(hugging, "model", None), "get_rope_index")
             self._alone = hugging.forward
-            self._install(hugging, "forward", self._decoder)
-            self._install(hugging, "generate", self._generate)
-
-    def _install(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Put around(inner, …) in the place of the method, with its signature."""
-        inner = getattr(owner, name)
-        wrapped: Any = functools.update_wrapper(functools.partial(around, inner), inner)
-        wrapped.__signature__ = inspect.signature(inner)  # without the self that a function's own may have kept
-        self._installed.append((owner, name, vars(owner).get(name), wrapped))
-        setattr(owner, name, wrapped)
+            self.doors.install(hugging, "forward", self._decoder)
+            self.doors.install(hugging, "generate", self._generate)
 
     def close(self) -> None:
         """Give the model its methods back, and free the prefixes."""
-        while self._installed:
-            owner, name, before, wrapped = self._installed.pop()
-            if vars(owner).get(name) is wrapped:
-                delattr(owner, name)
-                if before is not None:
-                    setattr(owner, name, before)
+        self.doors.close()
         with self._lock:
             self._prefixes.clear()
 

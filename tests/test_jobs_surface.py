@@ -66,6 +66,20 @@ def test_closed_jobs_say_so_and_leave_others_alone(jobs: tuple[nn.Module, Jobs])
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_a_file_of_the_model_waits_for_close(jobs: tuple[nn.Module, Jobs], tmp_path: Path) -> None:
+    """While jobs have its layers it would name weights as no model does."""
+    model: Any
+    model, crew = jobs
+    for change in (lambda: model.save_pretrained(tmp_path), lambda: model.add_adapter(lora_config())):
+        with pytest.raises(RuntimeError, match=r"\w+: got a call while jobs have the model's layers, wanted Jobs.save"):
+            change()
+    assert not list(tmp_path.iterdir())
+    crew.close()
+    model.save_pretrained(tmp_path)
+    for name, t in type(model).from_pretrained(tmp_path).state_dict().items():
+        assert_same(t, model.state_dict()[name])
+
+
 def test_jobs_that_come_and_go_in_inference_mode_train(jobs: tuple[nn.Module, Jobs], tmp_path: Path) -> None:
     """A server may evaluate in it; the pool that they then share is everybody's."""
     model, crew = jobs
