@@ -91,7 +91,8 @@ class Prompts:
             self.doors.install(hugging, "forward", self._encoder_decoder)
         else:
             self._cache = cache_key(hugging.forward)
-            self._positioned = "position_ids" in inspect.signature(hugging.forward).parameters
+            takes = inspect.signature(hugging.forward).parameters
+            self._positioned, self._routed = "position_ids" in takes, "output_router_logits" in takes
             self._planes = hasattr(getattr(hugging, "model", None), "get_rope_index")
             self._alone = hugging.forward
             self.doors.install(hugging, "forward", self._decoder)
@@ -180,6 +181,13 @@ class Prompts:
                 f"token_type_ids: got some, by which {type(self.model).__name__} lets tokens attend to later ones, "
                 "wanted none in a batch with soft prompts: virtual tokens are read before the row's own"
             )
+        if kwargs.get("output_router_logits"):
+            raise ValueError(
+                "output_router_logits: got True, wanted False in a batch with soft prompts: the auxiliary loss of "
+                "transformers' wants a mask of the tokens that are routed, which the virtual ones are not"
+            )
+        if self._routed:  # whatever the config says
+            kwargs["output_router_logits"] = False
         tokens, longest = self._tokens(requests, len(inputs), inputs.device)
         prefixes = self._of(requests) if begun is None else []
         if begun is None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from banked import bank_with, model_of, take, tenant
+from banked import bank_with, model_of, prompter, rows, take, tenant
 from models import base_model, logits
 from tolerance import assert_same, relative_error
 from torch import Tensor, nn
@@ -207,3 +207,26 @@ def test_copies_files_and_changes_of_a_served_model_are_refused(tmp_path: Path) 
     copy.deepcopy(peft).save_pretrained(tmp_path)
     peft.merge_and_unload()
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_prompts_before_routed_experts(base: nn.Module) -> None:
+    """A config that asks for the routers' auxiliary loss asks in vain: transformers fails on virtual tokens' mask."""
+    config = transformers.MixtralConfig(
+        **{name: getattr(base.config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
+        intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        output_router_logits=True, sliding_window=None,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    peft = prompter(model, 3)
+    ids = torch.randint(0, config.vocab_size, (2, 7))
+    inputs = {"input_ids": ids, "attention_mask": ids * 0 + 1}
+    expected = [model(**rows(inputs, 0), labels=ids[:1]), peft(**rows(inputs, 1), labels=ids[1:], use_cache=False)]
+    assert expected[0].aux_loss > 0
+    bank = AdapterBank(model, target_modules=["q_proj"])
+    take(bank, "p", peft)
+    with torch.no_grad(), bank.use(None, [None, "p"]):
+        found = model(**inputs)
+        for row, alone in enumerate(expected):
+            assert relative_error(found.logits[row : row + 1], alone.logits[:, -7:].detach().double()) < 1e-5
+        with pytest.raises(ValueError, match="output_router_logits: got True, wanted False in a batch"):
+            model(**inputs, output_router_logits=True)
