@@ -120,9 +120,7 @@ def lora_group_backward(
         else:
             K = next((t.shape[1] for t in (*as_, *ws) if t is not None), 0)
             dx = like.new_zeros((like.shape[0], K))
-        for term in terms:
-            if term.seed is None:
-                add_low_rank_(dx, term.dh, term.a, term.scale)
+        _add_plain_(dx, [term for term in terms if term.seed is None])
     return dx, das, dbs
 
 
@@ -179,6 +177,16 @@ def _da(das: list[Tensor | None], x: Tensor, terms: Sequence[_Term]) -> None:
         together = torch.mm(stacked.t(), cast(x, thin)).split([len(term.a) for term in plain])
         for term, da in zip(plain, together, strict=True):
             das[term.member] = cast(da.mul_(term.scale), term.a.dtype)
+
+
+def _add_plain_(dx: Tensor, terms: Sequence[_Term]) -> None:
+    """dx += Σ_i scale_i·(dh_i·a_i), in one product for all of one scale: dx is read and written, and rounded, once."""
+    for scale in dict.fromkeys(term.scale for term in terms):
+        dhs, as_ = zip(*((term.dh, term.a) for term in terms if term.scale == scale), strict=True)
+        if len(dhs) == 1:
+            add_low_rank_(dx, dhs[0], as_[0], scale)
+        else:
+            add_low_rank_(dx, torch.cat(dhs, 1), torch.cat(as_), scale)
 
 
 def _masked(terms: Sequence[_Term], dtype: torch.dtype) -> Tensor | None:
