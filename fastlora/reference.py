@@ -159,7 +159,7 @@ def lora_linear(
     p = dropout_p if training else 0.0
     if p > 0 and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), device=x.device, dtype=torch.int64)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     wide = _wide(x, weight, lora_A, lora_B)
     y = rows.to(wide) @ weight.to(wide).t()
     if bias is not None:
@@ -308,7 +308,7 @@ def jobs_linear(
     x: [..., K].   jobs: the job of each request, −1 for the base alone; as many rows of x for each.   seeds: [G] int64,
     of the masks, whose row 0 is a job's first.   The rest as in `lora_linear`, an entry a job.   Returns y: [..., N].
     """
-    rows, count = x.reshape(-1, x.shape[-1]), len(lora_As)
+    rows, count = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), len(lora_As)
     owner = torch.tensor(jobs).repeat_interleave(len(rows) // len(jobs))
     ps = [dropout_p] * count if isinstance(dropout_p, (int, float)) else dropout_p
     wide = _wide(x, weight)

@@ -265,6 +265,23 @@ def test_empty_batch(backend: str, shape: tuple[int, ...]) -> None:
         assert grad is not None and grad.shape == t[name].shape and not grad.any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("K", "N"), [(0, 55), (61, 0)])
+@pytest.mark.parametrize("shape", [(), (3, 29), (2, 0)])
+def test_no_features(backend: str, K: int, N: int, shape: tuple[int, ...]) -> None:
+    """As torch.nn.Linear, of any number of dimensions: no in features give the biases, no out features nothing."""
+    t = make(torch.float32, torch.float32, M=shape, K=K, N=N)
+    y = ours(t, 0.2, backend)
+    y.sum().backward()
+    with torch.no_grad():
+        wanted = (t["bias"] + 0.7 * t["lora_bias"]).expand(*shape, N)
+        for value in (y, reference.lora_linear(*list(t.values())[:5], 0.7, lora_bias=t["lora_bias"])):
+            torch.testing.assert_close(value, wanted)
+    for name in NAMES:
+        grad = t[name].grad
+        assert grad is not None and grad.shape == t[name].shape
+
+
 def test_one_vector_without_leading_dimensions() -> None:
     t = make(torch.float32, torch.float32, M=())
     assert ours(t).shape == (55,)

@@ -6,6 +6,7 @@ fp32 takes 16, and a backward 2862 ms. There w is copied to fp32 a band at a tim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
@@ -41,6 +42,11 @@ def has_matmul(dtype: torch.dtype) -> bool:
 def native(t: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Whether products of dtype, t's unless given, run in it at their speed where t is; a GPU's do."""
     return has_matmul(dtype or t.dtype) or not t.is_cpu
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., K] → [M, K], a view wherever the strides allow; of K = 0 too, where a −1 for M could be any number."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # flatten knows no is_grads_batched
 
 
 def batched(t: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora.eager.base import native, project, pull_back
+from fastlora.eager.base import as_rows, native, project, pull_back
 from fastlora.eager.dropout import kept, lanes
 from fastlora.eager.thin import add_product_, cast, dear, wide_dtype
 from fastlora.reference import dropout_scale
@@ -42,10 +42,10 @@ def forward(
     y = project(x, w, bias)
     if x.dim() == 2:
         return y, add_update_(y, x, a, b, lora_bias, seed, scale, p)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     if y._is_view():  # with a bias; autograd forbids to change it in place, as relu_ does
         y = torch.ops.aten._unsafe_view.default(y, y.shape)
-    return y, add_update_(y.view(-1, y.shape[-1]), rows, a, b, lora_bias, seed, scale, p)
+    return y, add_update_(y.view(len(rows), y.shape[-1]), rows, a, b, lora_bias, seed, scale, p)
 
 
 def add_update_(
@@ -84,7 +84,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx, da, db as `eager.lora_backward` has them, of dy: [..., N] and x: [..., K]."""
     if dy.dim() != 2:
-        rows, x = dy.reshape(-1, dy.shape[-1]), None if x is None else x.reshape(-1, x.shape[-1])
+        rows, x = as_rows(dy), None if x is None else as_rows(x)
         dx, da, db = backward(rows, x, w, a, b, h, seed, scale, p, want_dx, want_da, want_db)
         return None if dx is None else dx.view(*dy.shape[:-1], a.shape[1]), da, db
     dx = da = db = term = None

@@ -54,7 +54,7 @@ def fold(scaling: float | Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[
 def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """scale·Σ_m dy[m], summed in fp32: the gradient of a bias."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return (dy.reshape(-1, dy.shape[-1]).sum(0, dtype=wide) * scale).to(dtype)
+    return (ops.as_rows(dy).sum(0, dtype=wide) * scale).to(dtype)
 
 
 def sums_of_rows(
@@ -67,7 +67,7 @@ def sums_of_rows(
 
 def outer(dy: Tensor, x: Tensor) -> Tensor:
     """dw = dyᵀ·x: the base is frozen in LoRA; when someone trains it, its gradient is right too."""
-    return torch.mm(dy.reshape(-1, dy.shape[-1]).t(), x.reshape(-1, x.shape[-1]))
+    return torch.mm(ops.as_rows(dy).t(), ops.as_rows(x))
 
 
 def parted(flat: Sequence[Any], lists: int = 5) -> list[list[Any]]:

@@ -5,7 +5,7 @@ Every op takes `backend`: "torch", or for the kernels "triton" (the table picks 
 """
 
 from fastlora.eager import activate, few
-from fastlora.eager.base import has_matmul
+from fastlora.eager.base import as_rows, has_matmul
 from fastlora.eager.few import FEW_INPUTS
 from fastlora.ops.gated import gated_gradients, lora_gated, lora_gated_backward
 from fastlora.ops.group import GROUP, group_gradients, lora_group, lora_group_backward
@@ -18,6 +18,7 @@ __all__ = [
     "FEW_INPUTS",
     "GROUP",
     "activate",
+    "as_rows",
     "expand_behind_",
     "few",
     "gated_gradients",

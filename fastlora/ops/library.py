@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.eager.base import batched
+from fastlora.eager.base import as_rows, batched
 
 kernels: Any = None
 if importlib.util.find_spec("triton") is not None:  # Linux only; the torch backend serves elsewhere
@@ -45,7 +45,7 @@ def rows_of(x: Tensor) -> Tensor:
     """
     if x.is_neg():
         x = x.resolve_neg()
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return as_rows(x)
 
 
 _as_new = torch.ops.aten._unsafe_view.default
