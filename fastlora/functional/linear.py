@@ -27,16 +27,10 @@ from fastlora.functional.rules import (
 
 
 def _save(ctx: Any, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, h: Tensor, seed: Tensor | None) -> None:
-    """Keep what backward will read: x only for da and dw, w only for dx, h only for db."""
+    """Keep what backward will read: x only for da and dw, w only for dx, h only for db; the seed for db too, where
+    few rows left h without its 1/(1−p)."""
     need_x, need_w, need_a, need_b = ctx.needs
-    ctx.save_for_backward(
-        x if need_a or need_w else None,
-        w if need_x else None,
-        a,
-        b,
-        h if need_b else None,
-        seed if need_x or need_a else None,
-    )
+    ctx.save_for_backward(x if need_a or need_w else None, w if need_x else None, a, b, h if need_b else None, seed)
 
 
 def _low_rank_grads(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
