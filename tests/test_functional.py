@@ -161,6 +161,17 @@ def test_update_is_the_layer_without_its_base(backend: str, M: tuple[int, ...], 
         assert_close(*values, f"{name} {backend} {mix} p={p}")
 
 
+@pytest.mark.parametrize("M", [2, 1100])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_update_keeps_the_bits_of_a_wider_base_output(backend: str, M: int) -> None:
+    """A base of 16 bits that answers in fp32: only the low-rank term is of 16 bits."""
+    t = make(torch.bfloat16, torch.bfloat16, M=(M,), K=128)
+    x, a, b = (t[name].detach() for name in ("x", "lora_A", "lora_B"))
+    y = torch.randn(M, 55)
+    out, update = (lora_update(base, x, a, b, 0.7, backend=backend) for base in (y, torch.zeros_like(y)))
+    torch.testing.assert_close(out - update, y, rtol=0, atol=1e-6 * float(update.abs().max()))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_needs_input_grad_is_obeyed(backend: str, p: float) -> None:

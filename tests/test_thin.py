@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operands import bf16, fp32
+from operands import bf16, fp16, fp32
 from tolerance import assert_same
 
 from fastlora.eager import thin
@@ -50,3 +50,12 @@ def test_a_cast_is_torchs(dtype: torch.dtype) -> None:
     t = torch.randn(3, 4)
     assert_same(thin.cast(t, dtype), t.to(dtype))
     assert (thin.cast(t, dtype) is t) == (dtype is fp32)
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16])
+def test_a_product_rounds_no_wider_sum(dtype: torch.dtype) -> None:
+    """What holds more than the factors keeps it: all bits of an fp32 y, the range of a bf16 one beside fp16's."""
+    f, g = torch.ones(3, 2, dtype=dtype), torch.ones(2, 5, dtype=dtype)
+    for y in (torch.full((3, 5), 1 + 2.0**-20), torch.full((3, 5), 2.0**100, dtype=bf16)):
+        wanted = y + 4.0
+        assert_same(thin.add_product_(y, f, g, 2.0), wanted)

@@ -86,9 +86,11 @@ def add_low_rank_(y: Tensor, f: Tensor, g: Tensor, scale: float) -> Tensor:
 
 
 def add_product_(y: Tensor, f: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
-    """y += scale·f·g in place, summed in the dtype of f and g and rounded once."""
+    """y += scale·f·g in place, summed in the dtype of f and g, or y's where it holds more, and rounded once."""
     if f.dtype is y.dtype:
         return y.addmm_(f, g, alpha=scale)
+    if f.dtype.itemsize <= y.dtype.itemsize:  # an fp32 y over 16-bit factors, or bf16 over fp16's, which overflow
+        return y.add_(f.mm(g), alpha=scale)
     return y.copy_(cast(y, f.dtype).addmm_(f, g, alpha=scale))  # of [256, 256] 19 µs, 24 where a sum of f·g is added
 
 
