@@ -269,6 +269,21 @@ def test_few_rows_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(ours(t, backend="torch")[0], one)
 
 
+@pytest.mark.parametrize("few", [0, 10**9], ids=["together", "one by one"])
+def test_a_plain_member_takes_a_bias_of_any_dtype(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a layer with an adapter does, and however many rows there are."""
+    monkeypatch.setattr(ops, "FEW_INPUTS", few)
+    t = make(torch.bfloat16, torch.float32, without=(1,))
+    bias = t["bias1"].detach().float().requires_grad_()
+    dy = torch.randn(*SHAPE[:-1], NS[1]).bfloat16()
+    runs = []
+    for given in (t["bias1"], bias):
+        y = ours({**t, "bias1": given}, backend="torch")[1]
+        runs.append((y, torch.autograd.grad(y, given, dy)[0]))
+    assert_same(runs[1][0], runs[0][0])
+    assert_close(runs[1][1], runs[0][1], dy.double().sum((0, 1)))
+
+
 def test_more_members_than_a_launch_takes() -> None:
     t = make(torch.float32, torch.float32)
     ws, biases, as_, bs, _ = lists(t)

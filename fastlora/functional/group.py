@@ -177,7 +177,7 @@ def _run(
 def apart(x: Tensor, members: Sequence[tuple[Any, ...]], training: bool, backend: str | None) -> tuple[Tensor, ...]:
     """One after the other, where a group of them costs more than it saves."""
     return tuple(
-        linear(x, weight, bias)
+        linear(x, weight, None if bias is None else bias.to(x.dtype))
         if a is None
         else lora_linear(
             x, weight, bias, a, b, scaling, dropout_p=p, training=training, lora_bias=lora_bias, backend=backend
