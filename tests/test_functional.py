@@ -172,6 +172,30 @@ def test_an_update_keeps_the_bits_of_a_wider_base_output(backend: str, M: int) -
     torch.testing.assert_close(out - update, y, rtol=0, atol=1e-6 * float(update.abs().max()))
 
 
+@pytest.mark.parametrize("jobs", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_wider_output_sends_back_what_16_bits_do_not_hold(backend: str, jobs: bool) -> None:
+    """To fp32 adapters over a base that takes fp16 and answers in fp32, as plain torch does; x's gradient has x's."""
+    t = make(torch.float16, torch.float32, M=(40,))
+    y, dy = torch.randn(40, 55, requires_grad=True), torch.randn(40, 55) * 2.0**-30
+    inputs = [y, *(t[name] for name in ("x", "lora_A", "lora_B"))]
+
+    def fused(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        if jobs:
+            return functional.jobs_update(y, x, [a], [b], [0.7], [0], backend=backend)
+        return lora_update(y, x, a, b, 0.7, backend=backend)
+
+    def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return y + x.to(a.dtype) @ a.t() @ b.t() * 0.7
+
+    mine, theirs = (torch.autograd.grad(run(*inputs), inputs, dy) for run in (fused, plain))
+    exact = [v.detach().double().requires_grad_() for v in inputs]
+    wanted = torch.autograd.grad(plain(*exact), exact, dy.double())
+    for name, *values in zip(("y", "x", "a", "b"), mine, theirs, wanted, strict=True):
+        assert values[0].dtype == values[1].dtype
+        assert_close(*values, f"d{name} {backend}")
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_needs_input_grad_is_obeyed(backend: str, p: float) -> None:

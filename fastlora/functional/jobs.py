@@ -14,7 +14,16 @@ from torch.nn.functional import linear
 
 from fastlora import dispatch, ops
 from fastlora.checks import check_jobs
-from fastlora.functional.rules import draw_seed, face, no_second_derivative, opaque, parted, standalone, traced
+from fastlora.functional.rules import (
+    draw_seed,
+    dy_dtype,
+    face,
+    no_second_derivative,
+    opaque,
+    parted,
+    standalone,
+    traced,
+)
 
 
 def _stamp(jobs: Sequence[int], factors: Sequence[Tensor]) -> int:
@@ -49,7 +58,7 @@ def _setup_linear(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor], stamped:
 
 def _setup_update(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor], stamped: bool = False) -> None:
     y, x, *rest = inputs
-    ctx.x_dtype, ctx.need_y = x.dtype, y.requires_grad
+    ctx.x_dtype, ctx.need_y, ctx.dy_dtype = x.dtype, y.requires_grad, dy_dtype(x, y.dtype, rest[0][0], rest[1][0])
     _save(ctx, x, None, tuple(rest), output[1], stamped)
 
 
@@ -91,8 +100,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Any], list[Any]
 
 def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """As `_backward`, with the base's part of dx left to the base: dy passes through."""
-    dx, *lists = _backward(ctx, dy.to(ctx.x_dtype))
-    return (dy if ctx.need_y else None), dx, *lists
+    dx, *lists = _backward(ctx, dy.to(ctx.dy_dtype))
+    return (dy if ctx.need_y else None), (None if dx is None else dx.to(ctx.x_dtype)), *lists
 
 
 class _JobsLinear(torch.autograd.Function):

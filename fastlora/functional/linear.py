@@ -15,6 +15,7 @@ from fastlora import dispatch, ops
 from fastlora.checks import check_dtype, check_linear, check_update
 from fastlora.functional.rules import (
     draw_seed,
+    dy_dtype,
     face,
     fold,
     no_second_derivative,
@@ -75,10 +76,10 @@ def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 def _update_setup(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor], source: Tensor | None = None
 ) -> None:
-    y, x, a, b, lora_bias, seed, ctx.scale, ctx.p, _, ctx.backend = inputs
+    y, x, a, b, lora_bias, seed, ctx.scale, ctx.p, out, ctx.backend = inputs
     need = ctx.needs_input_grad
     ctx.needs = need[1], False, need[2], need[3]
-    ctx.y_dtype, ctx.x_dtype = y.dtype, x.dtype
+    ctx.y_dtype, ctx.x_dtype, ctx.dy_dtype = y.dtype, x.dtype, dy_dtype(x, out, a, b)
     ctx.lora_bias_dtype = lora_bias.dtype if lora_bias is not None else None
     _save(ctx, x if source is None else source, None, a, b, output[1], seed)
 
@@ -86,7 +87,8 @@ def _update_setup(
 def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     """As `_linear_backward`, with the base's part of dx left to the base: dy passes through."""
     need = ctx.needs_input_grad
-    dx, da, db = _low_rank_grads(ctx, dy.to(ctx.x_dtype), ctx.saved_tensors)
+    dx, da, db = _low_rank_grads(ctx, dy.to(ctx.dy_dtype), ctx.saved_tensors)
+    dx = None if dx is None else dx.to(ctx.x_dtype)
     base = dy.to(ctx.y_dtype) if need[0] else None
     dlora_bias = sum_rows(dy, ctx.lora_bias_dtype, ctx.scale) if need[4] else None
     return base, dx, da, db, dlora_bias, None, None, None, None, None

@@ -51,6 +51,16 @@ def fold(scaling: float | Tensor, b: Tensor, lora_bias: Tensor | None) -> tuple[
     return 1.0, b.to(wide) * scaling, None if lora_bias is None else lora_bias.to(wide) * scaling
 
 
+def dy_dtype(x: Tensor, out: torch.dtype, a: Tensor, b: Tensor) -> torch.dtype:
+    """What an update reads its dy in, which comes in the dtype `out`: x's, unless a factor would lose by that.
+
+    Of an fp32 dy fp16 holds nothing below 2⁻²⁵, so that a gradient in fp32 would come out as 0.
+    """
+    if out is x.dtype or x.dtype is a.dtype is b.dtype:
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def sum_rows(dy: Tensor, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """scale·Σ_m dy[m], summed in fp32: the gradient of a bias."""
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
