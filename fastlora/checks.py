@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ _PLAIN = {Tensor, nn.Parameter}
 FLOATS = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _REAL: tuple[Any, ...] = (int, float, Real)
 """NumPy's numbers too; the builtin ones first, for the abstract class takes longer to ask."""
+_WHOLE: tuple[Any, ...] = (int, Integral)
 _OPTIONAL = {"bias", "lora_bias", "source"}
 
 
@@ -199,12 +200,22 @@ def check_linear(
     return autocast
 
 
+def one_each(p: Any, count: int) -> Any:
+    """A number for all as a list; a list as it came, for the checks to look at."""
+    return [p] * count if isinstance(p, _REAL) else p
+
+
+def check_list(name: str, entries: Any, of: str) -> int:
+    """How many entries there are.   Raises TypeError unless they can be counted."""
+    try:
+        return len(entries)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(entries).__name__}, wanted a list, {of}") from None
+
+
 def _lengths(lists: dict[str, Any], of: str, count: int) -> None:
     for name, entries in lists.items():
-        try:
-            length = len(entries)
-        except TypeError:
-            raise TypeError(f"{name}: got {type(entries).__name__}, wanted a list, an entry for each of {of}") from None
+        length = check_list(name, entries, f"an entry for each of {of}")
         if length != count:
             raise ValueError(f"{name}: got {length} entries, wanted {count}, one for each of {of}")
 
@@ -222,7 +233,7 @@ def check_group(
     """As `check_linear` for every member, those without lora_A and lora_B being plain layers; lists of one length."""
     lists = {"biases": biases, "lora_As": lora_As, "lora_Bs": lora_Bs, "scalings": scalings}
     _lengths({**lists, "dropout_p": ps, "lora_biases": lora_biases}, "weights", len(weights))
-    if not weights:
+    if len(weights) == 0:
         raise ValueError("weights: got an empty list, wanted one [N, K] for each member")
     autocast: torch.dtype | None = None
     members = zip(weights, biases, lora_As, lora_Bs, scalings, ps, lora_biases, strict=True)
@@ -309,18 +320,17 @@ def check_jobs(
 
     update: weight is a base output, as in `check_update`.
     """
-    count, shared = len(lora_As), isinstance(dropout_p, (int, float))
-    optional = {"lora_biases": lora_biases, "salts": salts}
-    lists = {"lora_Bs": lora_Bs, "scalings": scalings, **{name: t for name, t in optional.items() if t is not None}}
-    _lengths(lists | ({} if shared else {"dropout_p": dropout_p}), "lora_As", count)
+    count = check_list("lora_As", lora_As, "one [R, K] for each job")
     if count == 0:
         raise ValueError("lora_As: got an empty list, wanted one [R, K] for each job")
+    ps = one_each(dropout_p, count)
+    lists = {"lora_Bs": lora_Bs, "scalings": scalings, "dropout_p": ps}
+    _lengths(lists if lora_biases is None else {**lists, "lora_biases": lora_biases}, "lora_As", count)
     for name, t in (("x", x), ("weight", weight), ("lora_As", lora_As[0]), ("lora_Bs", lora_Bs[0])):
         if hasattr(t, "full_tensor"):
             raise TypeError(f"{name}: got a DTensor, wanted a whole tensor: unshard it first")
     autocast: torch.dtype | None = None
-    for j, (a, b, scaling) in enumerate(zip(lora_As, lora_Bs, scalings, strict=True)):
-        p = dropout_p if isinstance(dropout_p, (int, float)) else dropout_p[j]
+    for j, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, ps, strict=True)):
         lora_bias = lora_biases[j] if lora_biases is not None else None
         try:
             if isinstance(scaling, Tensor):
@@ -336,9 +346,19 @@ def check_jobs(
                 raise TypeError(f"lora_bias: got dtype {lora_bias.dtype}, wanted lora_B's {b.dtype}")
         except (TypeError, ValueError) as error:
             raise type(error)(f"job {j}: {error}") from None
-    rows = x.shape[:-1].numel()
-    if len(jobs) == 0 or rows % len(jobs):
-        raise ValueError(f"jobs: got {len(jobs)} entries, wanted a number that divides the {rows} rows of x")
+    if salts is not None:
+        if not isinstance(salts, Tensor) or salts.dtype != torch.int64:
+            came = getattr(salts, "dtype", type(salts).__name__)
+            raise TypeError(f"salts: got {came}, wanted a tensor of torch.int64")
+        _shape("salts", salts, (count,), "[G], one for each of lora_As")
+        if salts.device != x.device:
+            raise ValueError(f"salts: got device {salts.device}, wanted {x.device}, where x is")
+    rows, requests = x.shape[:-1].numel(), check_list("jobs", jobs, "a job's number for each request")
+    if requests == 0 or rows % requests:
+        raise ValueError(f"jobs: got {requests} entries, wanted a number that divides the {rows} rows of x")
+    for job in jobs:
+        if not isinstance(job, _WHOLE):
+            raise TypeError(f"jobs: got a {type(job).__name__} among its entries, wanted whole numbers")
     if not all(-1 <= job < count for job in jobs):
         raise ValueError(f"jobs: got {sorted(set(jobs))}, wanted numbers from −1 (the base alone) to {count - 1}")
     return autocast

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tolerance import assert_same
 
-from fastlora.functional import Projection, lora_gated_mlp, lora_linear, lora_linear_group, lora_update
+from fastlora.functional import Projection, jobs_linear, lora_gated_mlp, lora_linear, lora_linear_group, lora_update
 
 FP8 = torch.float8_e4m3fn
 
@@ -88,6 +88,12 @@ def test_bad_members_are_named_with_their_place() -> None:
         lora_linear_group(x[0, 0], [w, w], [None] * 2, [None, a], [None, b], [1.0] * 2)
     with pytest.raises(TypeError, match="biases: got NoneType, wanted a list, an entry for each of weights"):
         lora_linear_group(x, [w, w], None, [a, a], [b, b], [1.0] * 2)  # type: ignore[arg-type]
+    for name in ("weights", "dropout_p", "lora_biases"):
+        given = {"weights": [w, w], "biases": [None] * 2, "lora_As": [a, a], "lora_Bs": [b, b], "scalings": [1.0] * 2}
+        with pytest.raises(TypeError, match=f"{name}: got object, wanted a list"):
+            lora_linear_group(x, **{**given, name: object()})
+    with pytest.raises(ValueError, match=r"member 0: bias: got shape"):
+        lora_linear_group(x, torch.stack((w, w)), [a, a], [a, a], [b, b], [1.0] * 2)  # type: ignore[arg-type]
     plain = Projection(w)
     with pytest.raises(TypeError, match="gate: weight: got NoneType"):
         lora_gated_mlp(x, Projection(None), plain, Projection(w.t()), "silu")  # type: ignore[arg-type]
@@ -111,6 +117,44 @@ def test_bad_update() -> None:
     for dtype in ("fp16", torch.int32):
         with pytest.raises(TypeError, match=r"dtype: got dtype .*, wanted a floating dtype"):
             lora_update(torch.randn(2, 3, 6), x, a, b, 0.5, dtype=dtype)  # type: ignore[arg-type]
+
+
+JOBS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lora_As": None}, TypeError, r"lora_As: got NoneType, wanted a list, one \[R, K\] for each job"),
+    ({"lora_As": []}, ValueError, "lora_As: got an empty list"),
+    ({"jobs": None}, TypeError, "jobs: got NoneType, wanted a list, a job's number for each request"),
+    ({"jobs": torch.tensor([0, 1])}, TypeError, "jobs: got a Tensor among its entries, wanted whole numbers"),
+    ({"jobs": [0, 0.5]}, TypeError, "jobs: got a float among its entries, wanted whole numbers"),
+    ({"jobs": ["a", "b"]}, TypeError, "jobs: got a str among its entries, wanted whole numbers"),
+    ({"jobs": [0, 2]}, ValueError, r"jobs: got \[0, 2\], wanted numbers from −1"),
+    ({"jobs": [0] * 4}, ValueError, "jobs: got 4 entries, wanted a number that divides the 6 rows of x"),
+    ({"salts": [1, 2]}, TypeError, "salts: got list, wanted a tensor of torch.int64"),
+    ({"salts": torch.ones(2)}, TypeError, "salts: got torch.float32, wanted a tensor of torch.int64"),
+    ({"salts": torch.arange(3)}, ValueError, r"salts: got shape \(3,\), wanted \(2,\)"),
+    ({"salts": torch.arange(2, device="meta")}, ValueError, "salts: got device meta, wanted cpu, where x is"),
+    ({"dropout_p": None}, TypeError, "dropout_p: got NoneType, wanted a list, an entry for each of lora_As"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), JOBS)
+def test_bad_jobs(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    given = layer()
+    each = {"lora_As": [given["lora_A"]] * 2, "lora_Bs": [given["lora_B"]] * 2, "scalings": [0.5] * 2, "jobs": [0, 1]}
+    with pytest.raises(error, match=message):
+        jobs_linear(given["x"], given["weight"], given["bias"], **{**each, "dropout_p": 0.1, **change})
+
+
+def test_numpys_probability_is_one_for_all() -> None:
+    given = layer()
+    x, w, a, b = given["x"], given["weight"], given["lora_A"], given["lora_B"]
+    torch.manual_seed(0)
+    one = lora_linear_group(x, [w] * 2, [None] * 2, [a] * 2, [b] * 2, [1.0] * 2, dropout_p=np.float32(0.5))
+    ours = jobs_linear(x, w, None, [a], [b], [1.0], [0], dropout_p=np.float32(0.5))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    for y, z in zip(one, lora_linear_group(x, [w] * 2, [None] * 2, [a] * 2, [b] * 2, [1.0] * 2, dropout_p=0.5),
+                    strict=True):  # fmt: skip
+        assert_same(y, z)
+    assert_same(ours, jobs_linear(x, w, None, [a], [b], [1.0], [0], dropout_p=0.5))
 
 
 def test_triton_is_refused_with_the_reason_where_it_cannot_run() -> None:

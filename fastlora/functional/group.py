@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora import dispatch, ops
-from fastlora.checks import check_group
+from fastlora.checks import check_group, check_list, one_each
 from fastlora.functional.linear import lora_linear
 from fastlora.functional.rules import (
     draw_seed,
@@ -135,9 +135,9 @@ def lora_linear_group(
     Saves x (an alias), the members' h (M·ΣR fp32) and 8 bytes of seed each.
     Raises ValueError, TypeError naming the argument, and its place in the list, that does not fit.
     """
-    count = len(weights)
-    ps = [dropout_p] * count if isinstance(dropout_p, (int, float)) else list(dropout_p)
-    added = [None] * count if lora_biases is None else list(lora_biases)
+    count = check_list("weights", weights, "one [N, K] for each member")
+    ps = one_each(dropout_p, count)
+    added = [None] * count if lora_biases is None else lora_biases
     given = weights, biases, lora_As, lora_Bs, scalings, ps, added
     autocast = check_group(x, *given)
     where = dispatch.backend_for(x, backend)

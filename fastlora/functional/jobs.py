@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora import dispatch, ops
-from fastlora.checks import check_jobs
+from fastlora.checks import check_jobs, one_each
 from fastlora.functional.rules import (
     draw_seed,
     dy_dtype,
@@ -174,7 +174,7 @@ def _prepared(
 ) -> tuple[list[list[Tensor]], tuple[Any, ...]]:
     """(as, bs, lora_biases) of the jobs that have rows, and the ops' other inputs: the mapping in their numbers."""
     count = len(lora_As)
-    ps = [float(dropout_p)] * count if isinstance(dropout_p, (int, float)) else [float(p) for p in dropout_p]
+    ps = [float(p) for p in one_each(dropout_p, count)]
     here = [job for job in range(count) if job in set(jobs)]
     number = {job: new for new, job in enumerate(here)} | {-1: -1}
     absent = x.new_empty(0)
