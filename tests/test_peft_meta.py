@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from models import peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import fastlora
@@ -49,3 +50,16 @@ def test_a_layer_gives_shapes(p: float) -> None:
     assert y.is_meta and y.shape == (3, 5, 24) and x.grad is not None and x.grad.shape == x.shape
     with torch.no_grad():
         assert layer.eval()(x).shape == (3, 5, 24)
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+@pytest.mark.parametrize("left", ["weight", "lora_A", "lora_B"])
+def test_a_weight_left_on_meta_is_named(left: str, rows: int) -> None:
+    """As `low_cpu_mem_usage` leaves what no file filled; torch multiplies a CPU's x with it to what lies in memory."""
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 24)), LoraConfig(r=4, target_modules=["0"]))
+    fastlora.patch(model, inputs={"input": torch.zeros(2, 16)})
+    layer = model.base_model.model[0]
+    part = layer.base_layer if left == "weight" else getattr(layer, left)["default"]
+    part.weight = nn.Parameter(part.weight.to("meta"))
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{left}: got device meta, wanted cpu, where x is"):
+        model(torch.randn(rows, 16))

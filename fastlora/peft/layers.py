@@ -58,8 +58,9 @@ class _Fused(nn.Module):
         if weight is not None and len(adapters) == 1:
             a, b, scaling, lora_bias, p, training = adapters[0]
             bias = own(base, "bias")
-            fits = x.shape[-1:] == weight.shape[1:]  # of what may not, for the rest is as PEFT made it
-            if on_torch and fits and type(scaling) is float and x.is_cpu and not is_autocast_enabled("cpu"):
+            # of what may not, for the rest is as PEFT made it; with what is left on meta torch computes any numbers
+            fits = x.shape[-1:] == weight.shape[1:] and x.is_cpu and weight.is_cpu and a.is_cpu and b.is_cpu
+            if on_torch and fits and type(scaling) is float and not is_autocast_enabled("cpu"):
                 p = p if training else 0.0
                 return functional.lora_linear_on_torch(x, weight, bias, a, b, lora_bias, scaling, p)
             return functional.lora_linear(
