@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -136,6 +137,13 @@ def test_a_second_derivative_raises_and_autocast_in_backward_changes_nothing() -
         there, torch.autograd.grad(y, (t["x"], t["a"], t["b"]), t["dy"], retain_graph=True), strict=True
     ):
         assert_same(left, right)
+    steps = lora_linear(t["x"][:, None], t["w"], None, t["a"], t["b"], 2.0)  # of three dimensions
+    for out, autocast in product((y, steps), (False, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            dys = torch.stack((t["dy"], 2 * t["dy"])).view(2, *out.shape)
+            many = torch.autograd.grad(out, (t["x"], t["a"], t["b"]), dys, retain_graph=True, is_grads_batched=True)
+        for left, right in zip(many, there, strict=True):
+            torch.testing.assert_close(left[1], 2 * right)
     (dx,) = torch.autograd.grad(y.square().sum(), t["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         dx.sum().backward()

@@ -144,10 +144,13 @@ class _FewRows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, a, b, h = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        if not (opaque(dy) or torch.is_autocast_enabled("cpu")):
-            return *ops.few.backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs), None
-        grads = iter(torch.ops.fastlora.lora_backward(dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs, "torch"))
-        return *(next(grads) if need else None for need in needs), None
+        inputs: tuple[Any, ...] = (dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs, "torch")
+        if opaque(dy):
+            grads = iter(torch.ops.fastlora.lora_backward(*inputs))
+            return *(next(grads) if need else None for need in needs), None
+        if torch.is_autocast_enabled("cpu"):
+            return *ops.gradients(*inputs), None
+        return *ops.few.backward(*inputs[:-1]), None
 
 
 standalone("fastlora::lora_linear", _linear_setup, _linear_backward)
