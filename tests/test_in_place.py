@@ -52,7 +52,7 @@ def op(x: Tensor, backend: str) -> Tensor:
     return torch.ops.fastlora.lora_linear(x, torch.randn(N, K), None, *factors(), None, None, 0.5, 0.0, backend)[0]
 
 
-SMALL, LARGE = [(3, K), (2, 3, K), (2, 1, 3, K)], [(2, 2100, K)]  # more than 2**16 elements are not few
+SMALL, LARGE = [(3, K), (2, 3, K), (2, 1, 3, K)], [(2, 4100, K)]  # more than 2**17 elements are not few
 
 
 @pytest.mark.parametrize(
