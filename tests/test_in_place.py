@@ -69,6 +69,16 @@ def test_an_output_changed_in_place(
     assert_same(*grads)
 
 
+@pytest.mark.parametrize("jobs", [[-1, -1], [-1, 0]])
+def test_an_update_is_a_tensor_of_its_own(jobs: list[int]) -> None:
+    """Of the base's rows alone, too: what follows in place leaves the base's output as it was."""
+    y, x = torch.randn(2, N), torch.randn(2, K)
+    before, (a, b) = y.clone(), factors()
+    with torch.no_grad():
+        F.jobs_update(y, x, [a], [b], [0.5], jobs).zero_()
+    assert_same(y, before)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("rows", [4, 1100])

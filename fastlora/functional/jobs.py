@@ -250,6 +250,6 @@ def jobs_update(
     if autocast is not None:
         x = x.to(autocast)
     if all(job < 0 for job in jobs):
-        return y
+        return y.clone()
     lists, plain = _prepared(x, lora_As, lora_Bs, lora_biases, scalings, jobs, dropout_p, training, salts, backend)
     return _run("jobs_update", _JobsUpdate, (y, x), lists, *plain)
