@@ -46,7 +46,10 @@ def native(t: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 def as_rows(x: Tensor) -> Tensor:
     """[..., K] → [M, K], a view wherever the strides allow; of K = 0 too, where a −1 for M could be any number."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # flatten knows no is_grads_batched
+    if x.dim() == 2:
+        return x
+    *batch, K = x.shape
+    return x.reshape(-1 if K else math.prod(batch), K)  # flatten knows no is_grads_batched
 
 
 def batched(t: Tensor) -> bool:
