@@ -3,7 +3,8 @@
 What it leaves for its siblings is kept by the tensor's identity and version, for this thread alone, and only until the
 last of them has come: a call with anything else drops it, and so does the end of their parent's forward, by return, by
 an exception, or by a checkpoint that stops its recomputation early. Outside of that forward, which alone can tell when
-nobody comes any more, and in a checkpoint of a part of it, which is recomputed outside, layers run one by one.
+nobody comes any more, and in a checkpoint of a part of it, which is recomputed outside, layers run one by one. A
+compiler that is given one of them alone does not see that: its graph computes for all.
 """
 
 from __future__ import annotations
