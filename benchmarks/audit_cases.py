@@ -28,7 +28,7 @@ AXES = {
 FLAGS = {
     "shrink": ("dropout",),
     "expand": ("biases",),
-    "add": ("add", "none dropout", "add bits dropout"),
+    "add": ("add", "none bias", "none dropout", "none bits dropout"),
     "dy": ("",),
     "x": ("dropout", "bits dropout"),
     "dx": ("", "dropout", "bits dropout"),
@@ -105,8 +105,10 @@ class Case:
                 kernels.expand(x, w, None, h, b, 0.5, config=t)
             case "add" if self.flags == "add":
                 kernels.add_expand(dy, h, b, 0.5, out=dy, config=t)
+            case "add" if self.flags == "none bias":
+                kernels.low_rank(h, b, of(N), 0.5, main, lora_bias, config=t)
             case "add":
-                kernels.add_dx(x if "add" in self.flags else None, h, a, main, p=p, seed=seed, bits=bits, config=t)
+                kernels.low_rank_dx(h, a, main, p=p, seed=seed, bits=bits, config=t)
             case "dy":
                 kernels.dy_pass(dy, h, b, 0.5, config=t)
             case "x":
@@ -149,7 +151,7 @@ class Case:
                     [dy] * members, [w] * members, hs, [a] * members, ps=ps, seeds=seeds, bits=bits, config=self.tile
                 )
             case "group_add":
-                kernels.group_add_dx(x, hs, [a] * members, x.dtype, ps=ps, seeds=seeds, bits=bits, config=self.tile)
+                kernels.group_low_rank_dx(hs, [a] * members, x.dtype, ps=ps, seeds=seeds, bits=bits, config=self.tile)
 
     def _launch_multi(self, x: Tensor, dy: Tensor, h: Tensor, of: Callable[..., Tensor]) -> None:
         """The kernels of many adapters: SLOTS of them in a pool of POOL rank rows."""

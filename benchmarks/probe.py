@@ -11,7 +11,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import plain
@@ -89,8 +89,8 @@ class Problem:
 class Operands:
     """Random operands of unit size, so that no term hides another's error; a tuple has one a member.
 
-    u, grad: [M, K]; with x as its gate, the up of a gated MLP and what flows back into their product; grad is also
-    the dx that is added to in place.   bits: masks that are left or read, None without dropout.
+    u, grad: [M, K]; with x as its gate, the up of a gated MLP and what flows back into their product.
+    bits: masks that are left or read, None without dropout.
     """
 
     x: Tensor
@@ -114,10 +114,6 @@ class Operands:
             return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return Operands(**{name: wide(value) for name, value in vars(self).items()})
-
-    def apart(self) -> Operands:
-        """The same, with a copy of what is written in place."""
-        return replace(self, grad=self.grad.clone())
 
 
 def operands(problem: Problem, device: str) -> Operands:
@@ -160,7 +156,7 @@ def launch(kernel: str, t: Operands, config: Tile | None = None) -> tuple[Tensor
         case "expand":
             return (kernels.expand(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], SCALE, config=config),)
         case "add" if not any(t.ps):
-            return (kernels.add_expand(t.dys[0], t.hs[0], t.bs[0], SCALE, config=config),)
+            return (kernels.low_rank(t.hs[0], t.bs[0], t.biases[0], SCALE, t.x.dtype, config=config),)
         case "shrink" | "group_shrink":
             return (kernels.group_shrink(t.x, t.as_, **masked),)
         case "x" | "group_x":
@@ -172,7 +168,7 @@ def launch(kernel: str, t: Operands, config: Tile | None = None) -> tuple[Tensor
         case "dx" | "group_dx":
             return (kernels.group_dx(t.dys, t.ws, t.dhs, t.as_, bits=t.bits, **masked),)
         case "add" | "group_add":
-            return (kernels.group_add_dx(t.grad, t.dhs, t.as_, t.grad.dtype, bits=t.bits, **masked),)
+            return (kernels.group_low_rank_dx(t.dhs, t.as_, t.x.dtype, bits=t.bits, **masked),)
         case "glu":
             return kernels.glu(t.x, t.u, "silu", t.as_[0], p=t.ps[0], seed=t.seeds[0], config=config)
         case "glu_backward":
@@ -187,7 +183,7 @@ def twin(module: Any, kernel: str, t: Operands) -> tuple[Tensor, ...]:
         case "expand":
             return (module.expand(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], SCALE),)
         case "add" if not any(t.ps):
-            return (module.add_expand(t.dys[0], t.hs[0], t.bs[0], SCALE),)
+            return (module.add_expand(t.biases[0].expand_as(t.dys[0]), t.hs[0], t.bs[0], SCALE),)
         case "shrink" | "group_shrink":
             return (torch.cat([module.shrink(t.x, a, **drop) for a, drop in zip(t.as_, drops, strict=True)], 1),)
         case "x" | "group_x":
@@ -203,7 +199,7 @@ def twin(module: Any, kernel: str, t: Operands) -> tuple[Tensor, ...]:
             return (sum(module.dx(dy, w, dh, a, **drop) for dy, w, dh, a, drop in terms),)
         case "add" | "group_add":
             members = zip(t.dhs, t.as_, drops, strict=True)
-            return (t.grad + sum(module.dx(t.grad, None, dh, a, **drop) for dh, a, drop in members),)
+            return (sum(module.dx(t.x, None, dh, a, **drop) for dh, a, drop in members),)
         case "glu":
             z = silu(t.x) * t.u
             return z, module.shrink(z, t.as_[0], **drops[0])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastlora_kernels as kernels
 from benchmarks.probe import SCALE, Problem, compiling, launch, operands
 from fastlora_kernels import Tile
+from fastlora_kernels.linear import expand_split
 
 
 @dataclass(frozen=True)
 class Race:
     """The main GEMM of a layer, or the dx of a group, *fused* beside *split*.
 
-    problem: of expand, dx or group_dx.   tiles: forced ones of the fused kernel and of the update in place.
+    problem: of expand, dx or group_dx.   tiles: forced ones of the fused kernel and of the low-rank term alone.
     """
 
     problem: Problem
@@ -36,18 +36,17 @@ class Race:
         }  # fmt: skip
 
     def ways(self, device: str) -> dict[str, Callable[[], Any]]:
-        """Both, on fresh operands.   Split: the GEMM by the vendor's library, and the low-rank terms added in place."""
+        """Both, on fresh operands."""
         t, kernel = operands(self.problem, device), self.problem.kernel
         fused, add = self.tiles or (None, None)
 
         def apart() -> Tensor:
             if kernel == "expand":
-                y = torch.nn.functional.linear(t.x, t.ws[0], t.biases[0])
-                return kernels.add_expand(y, t.hs[0], t.bs[0], SCALE, out=y, config=add)
-            grad = torch.mm(t.dys[0], t.ws[0])
-            for dy, w in zip(t.dys[1:], t.ws[1:], strict=True):
+                return expand_split(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], None, SCALE, config=add)
+            (grad,) = launch("group_add", t, add)
+            for dy, w in zip(t.dys, t.ws, strict=True):
                 grad.addmm_(dy, w)
-            return launch("group_add", replace(t, grad=grad), add)[0]
+            return grad
 
         return {"fused": lambda: launch(kernel, t, fused), "split": apart}
 

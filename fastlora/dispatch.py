@@ -57,7 +57,7 @@ class Decision:
     """One op's path: `path` runs it by `strategy` with `tile`, because of `why`.
 
     path: "triton", "torch", "layers" (a gated MLP, layer by layer) or "peft" (PEFT's own forward).
-    strategy: "fused" (one GEMM with the low-rank prologue), "split" (the base's GEMM, then one expand in place).
+    strategy: "fused" (one GEMM with the low-rank prologue), "split" (the base's GEMM, and a launch for the term).
     tile: the launch configuration.   Both are None off Triton.
     """
 

@@ -180,12 +180,36 @@ def test_forced_strategies_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastlora_kernels import linear
 
     ran: list[str] = []
-    for name in ("expand", "add_expand"):
+    for name in ("expand", "low_rank"):
         real = getattr(linear, name)
         monkeypatch.setattr(linear, name, lambda *args, _n=name, _f=real, **kw: (ran.append(_n), _f(*args, **kw))[1])
     x, w, a, b = layer()
     results = {way: torch.ops.fastlora.lora_linear(x, w, None, a, b, None, None, 0.5, 0.0, way)[0]
                for way in ("fused", "split", "triton")}  # fmt: skip
-    assert ran[:2] == ["expand", "add_expand"]
+    assert ran[:2] == ["expand", "low_rank"]
     chosen = strategy("interpreter", x.dtype, 20, 40, 24, 4)[0]
     assert torch.equal(results["triton"], results[chosen])
+
+
+@pytest.mark.parametrize(
+    ("main", "adapter", "launch"),
+    [("float32", "float32", "low_rank"), ("bfloat16", "bfloat16", "low_rank"), ("float32", "bfloat16", "low_rank"),
+     ("bfloat16", "float32", "add_expand"), ("float16", "bfloat16", "add_expand")],
+)  # fmt: skip
+def test_a_term_is_not_rounded_below_its_adapters_dtype(
+    monkeypatch: pytest.MonkeyPatch, main: str, adapter: str, launch: str
+) -> None:
+    """Split, it comes before the vendor's GEMM in x's dtype; where b's is wider, behind it."""
+    from fastlora_kernels import linear
+
+    ran: list[str] = []
+    for name in ("low_rank", "add_expand"):
+        real = getattr(linear, name)
+        monkeypatch.setattr(linear, name, lambda *args, _n=name, _f=real, **kw: (ran.append(_n), _f(*args, **kw))[1])
+    x, w, h, b = torch.randn(20, 24), torch.randn(40, 24), torch.randn(20, 4), torch.randn(40, 4)
+    narrow, factor = getattr(torch, main), getattr(torch, adapter)
+    x, w, b = x.to(narrow), w.to(narrow), b.to(factor)
+    y = linear.expand_split(x, w, None, h, b, None, 0.5)
+    assert ran == [launch] and y.dtype == narrow
+    torch.testing.assert_close(y.double(), x.double() @ w.double().t() + 0.5 * h.double() @ b.double().t(),
+                               rtol=2e-2, atol=2e-2 * 24**0.5)  # fmt: skip

@@ -59,7 +59,7 @@ def order(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
         done.append("join" if since else "stayed")
 
-    for name in ("dy_pass", "dx", "add_dx", "x_pass"):
+    for name in ("dy_pass", "dx", "low_rank_dx", "x_pass"):
         monkeypatch.setattr(linear, name, logged(name))
     monkeypatch.setattr(linear, "pays", lambda arch: True)
     monkeypatch.setattr(linear, "mark", lambda x, wanted: done.append("mark") or "an event" if wanted else None)
@@ -77,7 +77,7 @@ def test_da_starts_where_dx_does_and_is_launched_behind_it(order: list[str]) -> 
 def test_it_takes_a_fused_dx_to_run_beside(order: list[str]) -> None:
     t = layer("bf16+fp32", 7)
     backward(t, how="split")
-    assert order == ["dy_pass", "x_pass", "add_dx"]  # first, for it leaves its mask to dx
+    assert order == ["dy_pass", "x_pass", "low_rank_dx"]  # first, for it leaves its mask to dx
     order.clear()
     backward(t, want_dx=False)
     assert order == ["dy_pass", "stay", "x_pass", "stayed"]

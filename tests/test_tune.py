@@ -169,15 +169,8 @@ def test_masks_are_timed_as_they_run(kernel: str) -> None:
         launch(kernel, t)
         assert (t.bits[..., :7] != 255).any()
     else:
-        assert all(map(torch.equal, launch(kernel, t.apart()), launch(kernel, replace(t.apart(), seeds=t.seeds + 9))))
-        assert Yardstick.of(kernel, t).admits(launch(kernel, t.apart()))
-
-
-def test_a_tile_is_checked_on_operands_that_nothing_was_added_to() -> None:
-    bench = Bench(
-        [Problem("add", 24, 40, 56, 4, "fp32", p=0.1)], "cpu", lambda launch, _: float(len([launch(), launch()]))
-    )
-    assert bench.score(Tile(32)) == bench.score(Tile(16)) == pytest.approx(2.0)
+        assert all(map(torch.equal, launch(kernel, t), launch(kernel, replace(t, seeds=t.seeds + 9))))
+        assert Yardstick.of(kernel, t).admits(launch(kernel, t))
 
 
 def test_only_what_is_quick_on_the_first_problem_sees_them_all() -> None:

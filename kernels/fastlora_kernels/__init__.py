@@ -3,7 +3,15 @@
 from fastlora_kernels import overlap
 from fastlora_kernels.device import INTERPRET, arch
 from fastlora_kernels.dy_pass import dy_pass, group_dy_pass
-from fastlora_kernels.expand import add_dx, add_expand, dx, expand, group_add_dx, group_dx
+from fastlora_kernels.expand import (
+    add_expand,
+    dx,
+    expand,
+    group_dx,
+    group_low_rank_dx,
+    low_rank,
+    low_rank_dx,
+)
 from fastlora_kernels.gated import gated_backward, gated_linear
 from fastlora_kernels.glu import glu, glu_backward
 from fastlora_kernels.group import group_backward, group_linear
@@ -22,7 +30,6 @@ __all__ = [
     "Drops",
     "Routes",
     "Tile",
-    "add_dx",
     "add_expand",
     "arch",
     "dx",
@@ -32,11 +39,11 @@ __all__ = [
     "gated_linear",
     "glu",
     "glu_backward",
-    "group_add_dx",
     "group_backward",
     "group_dx",
     "group_dy_pass",
     "group_linear",
+    "group_low_rank_dx",
     "group_shrink",
     "group_x_pass",
     "jobs_backward",
@@ -45,6 +52,8 @@ __all__ = [
     "lora_backward",
     "lora_linear",
     "lora_update",
+    "low_rank",
+    "low_rank_dx",
     "multi_expand",
     "multi_linear",
     "multi_outer",

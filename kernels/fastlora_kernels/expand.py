@@ -213,13 +213,31 @@ def add_expand(
     out: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
-    """out = y + scale·h·bᵀ + scale·lora_bias, rounded once  (the *split* strategy's expand).
+    """out = y + scale·h·bᵀ + scale·lora_bias, rounded once  (the update of a base that is not ours).
 
     y: [M, N], any strides.   out: [M, N], any float dtype; y itself makes it in place; None a new tensor like y.
     Returns out.
     """
     out = y.new_empty(y.shape) if out is None else out
     return _run("add", ADD, [y], [], None, Terms([h], [b], (float(scale),), lora_bias), out, config)
+
+
+def low_rank(
+    h: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    lora_bias: Tensor | None = None,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """y = bias + scale·h·bᵀ + scale·lora_bias, to which the vendor's GEMM then adds x·wᵀ  (the *split* strategy).
+
+    h: [M, R] fp32.   b: [N, R].   bias, lora_bias: [N].   Returns y: [M, N] in dtype.
+    """
+    y, terms = h.new_empty((h.shape[0], b.shape[0]), dtype=dtype), Terms([h], [b], (float(scale),), lora_bias)
+    return _run("add", NONE, [y], [], bias, terms, y, config)
 
 
 def _dx_terms(
@@ -284,8 +302,7 @@ def dx(
     return group_dx([dy], [w], [dh], [a], ps=[p], seeds=seed, bits=bits, config=config)
 
 
-def group_add_dx(
-    base: Tensor | None,
+def group_low_rank_dx(
     dhs: Sequence[Tensor | None],
     as_: Sequence[Tensor | None],
     dtype: torch.dtype,
@@ -295,21 +312,17 @@ def group_add_dx(
     bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
-    """base + Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i), in place where there is a base  (the *split* strategy's dx).
+    """dx = Σ_i mask_i/(1−p_i) ⊙ (dh_i·a_i), to which the vendor's GEMMs add Σ_i dy_i·w_i  (the *split* strategy).
 
-    base: [M, K] = Σ_i dy_i·w_i, or None for the low-rank terms alone in `dtype`.   The rest as in `group_dx`.
-    Returns dx: [M, K].
+    The operands as in `group_dx`.   Returns dx: [M, K] in dtype.
     """
     terms = _dx_terms(dhs, as_, ps, seeds, bits)
-    grad = base
-    if grad is None:
-        grad = terms.hs[0].new_empty((terms.hs[0].shape[0], terms.bs[0].shape[0]), dtype=dtype)
+    grad = terms.hs[0].new_empty((terms.hs[0].shape[0], terms.bs[0].shape[0]), dtype=dtype)
     kernel = "add" if len(terms.hs) == 1 else "group_add"
-    return _run(kernel, NONE if base is None else ADD, [grad], [], None, terms, grad, config)
+    return _run(kernel, NONE, [grad], [], None, terms, grad, config)
 
 
-def add_dx(
-    base: Tensor | None,
+def low_rank_dx(
     dh: Tensor,
     a: Tensor,
     dtype: torch.dtype,
@@ -319,8 +332,8 @@ def add_dx(
     bits: Tensor | None = None,
     config: Tile | None = None,
 ) -> Tensor:
-    """base + mask/(1−p) ⊙ (dh·a), in place where there is a base  (the *split* strategy's dx).
+    """dx = mask/(1−p) ⊙ (dh·a), to which the vendor's GEMM then adds dy·w  (the *split* strategy).
 
-    base: [M, K] = dy·w, or None for the low-rank term alone in `dtype`.   Returns dx: [M, K].
+    dh: [M, R] fp32.   a: [R, K].   p, seed: as in `shrink`.   bits: as in `group_dx`.   Returns dx: [M, K] in dtype.
     """
-    return group_add_dx(base, [dh], [a], dtype, ps=[p], seeds=seed, bits=bits, config=config)
+    return group_low_rank_dx([dh], [a], dtype, ps=[p], seeds=seed, bits=bits, config=config)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora_kernels.device import arch
 from fastlora_kernels.dropout import bits_for
 from fastlora_kernels.dy_pass import group_dy_pass
-from fastlora_kernels.expand import group_add_dx, group_dx
+from fastlora_kernels.expand import group_dx, group_low_rank_dx
 from fastlora_kernels.linear import base_linear, chosen, expand_by
 from fastlora_kernels.members import columns
 from fastlora_kernels.overlap import aside, mark, pays
@@ -98,11 +98,10 @@ def group_backward(
         if fused:
             grad = group_dx(outs, rows, dhs, as_, ps=ps, seeds=seeds, bits=bits)
         else:
-            grad = torch.mm(outs[0], rows[0])
-            for dy, w in used[1:]:
-                grad.addmm_(dy, w)
             if R > 0:
-                grad = group_add_dx(grad, dhs, as_, grad.dtype, ps=ps, seeds=seeds, bits=bits)
+                grad = group_low_rank_dx(dhs, as_, outs[0].dtype, ps=ps, seeds=seeds, bits=bits)
+            for dy, w in used:
+                grad = torch.mm(dy, w) if grad is None else grad.addmm_(dy, w)
     if x is not None and pending:
         with aside(x, since):
             das = group_x_pass(x, for_das, dtypes, ps=ps, seeds=seeds)

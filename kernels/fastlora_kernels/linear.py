@@ -9,10 +9,10 @@ from torch.nn.functional import linear
 from fastlora_kernels.device import arch
 from fastlora_kernels.dropout import bits_for
 from fastlora_kernels.dy_pass import dy_pass
-from fastlora_kernels.expand import add_dx, add_expand, dx, expand
+from fastlora_kernels.expand import add_expand, dx, expand, low_rank, low_rank_dx
 from fastlora_kernels.overlap import aside, mark, pays
 from fastlora_kernels.shrink import shrink
-from fastlora_kernels.tables import strategy
+from fastlora_kernels.tables import Tile, strategy
 from fastlora_kernels.x_pass import x_pass
 
 
@@ -39,8 +39,30 @@ def expand_by(
     """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias, *fused* or *split*.   h: [M, R] fp32, any strides."""
     if chosen("expand", x, w.shape[0], x.shape[1], h.shape[1], how) == "fused":
         return expand(x, w, bias, h, b, scale, lora_bias)
+    return expand_split(x, w, bias, h, b, lora_bias, scale)
+
+
+def expand_split(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    b: Tensor,
+    lora_bias: Tensor | None,
+    scale: float,
+    *,
+    config: Tile | None = None,
+) -> Tensor:
+    """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias by the vendor's GEMM and one launch.   config: of the launch.
+
+    The low-rank term comes first, and the GEMM, which is bound by arithmetic, reads it as it adds: an update behind it
+    reads y and writes it again, which nothing hides. But the term is then rounded to x's dtype. Plain torch rounds it
+    so as well, unless the adapter's dtype is the wider one: there the update is added behind, in fp32.
+    """
+    if torch.promote_types(x.dtype, b.dtype) is x.dtype:
+        return low_rank(h, b, bias, scale, x.dtype, lora_bias, config=config).addmm_(x, w.t())
     y = base_linear(x, w, bias)
-    return add_expand(y, h, b, scale, lora_bias, out=y)
+    return add_expand(y, h, b, scale, lora_bias, out=y, config=config)
 
 
 def lora_linear(
@@ -92,7 +114,8 @@ def dx_by(
     """dx = dy·w + mask/(1−p) ⊙ (dh·a), *fused* or *split*; without w the low-rank term alone."""
     if fused and w is not None:
         return dx(dy, w, dh, a, p=p, seed=seed, bits=bits)
-    return add_dx(torch.mm(dy, w) if w is not None else None, dh, a, dy.dtype, p=p, seed=seed, bits=bits)
+    grad = low_rank_dx(dh, a, dy.dtype, p=p, seed=seed, bits=bits)
+    return grad if w is None else grad.addmm_(dy, w)
 
 
 def lora_backward(

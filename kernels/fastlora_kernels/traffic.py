@@ -34,8 +34,8 @@ class Layer:
     """The work of one layer's launches.
 
     M, K, N, R: as in the letters.   main, adapter: bytes of an element of x, w, dy and of a, b; h and dh are fp32.
-    want_dx, want_da, want_db: which gradients backward computes.   fused: one GEMM with a prologue, or the vendor's
-    GEMM and an update in place.
+    want_dx, want_da, want_db: which gradients backward computes.   fused: one GEMM with a prologue, or a launch
+    for the low-rank term and the vendor's GEMM, which adds to it.
     """
 
     M: int
@@ -61,7 +61,7 @@ class Layer:
         return Work(2 * M * N * (K + R), big + M * R * FP32 + N * R * self.adapter)
 
     def add(self, width: int) -> Work:
-        """t += scale·f·g in place over t: [M, width], f: [M, R]."""
+        """t += scale·f·g over t: [M, width], f: [M, R]; or t = scale·f·g, and what a GEMM reads of t as it adds."""
         M, R = self.M, self.R
         return Work(2 * M * width * R, 2 * M * width * self.main + M * R * FP32 + R * width * self.adapter)
 
@@ -161,7 +161,7 @@ class Group:
     """The work of the launches of layers that share one input, each with its own N, R and wants.
 
     members: layers of one M, K and main; one of rank 0 has no adapter.   fused: dx as one accumulator over all members,
-    or the vendor's GEMMs, each adding to the one before, and one update in place.
+    or a launch for the low-rank terms and the vendor's GEMMs, each adding to what was before.
     """
 
     members: tuple[Layer, ...]
@@ -189,8 +189,8 @@ class Group:
         again = len([m for m in self.members if m.want_dx]) - 1
         return total + Work(0, -max(again, 0) * first.M * first.K * first.main)
 
-    def add_dx(self) -> Work:
-        """dx += Σ mask/(1−p) ⊙ (dh·a) in place."""
+    def low_rank_dx(self) -> Work:
+        """dx = Σ mask/(1−p) ⊙ (dh·a), and what the first GEMM reads of it."""
         wanting = tuple(m for m in self.adapted if m.want_dx)
         M, K, main = self.members[0].M, self.members[0].K, self.members[0].main
         return _sum(m.add(K) for m in wanting) + Work(0, -2 * max(len(wanting) - 1, 0) * M * K * main)
@@ -208,7 +208,7 @@ class Group:
             m.frozen("forward") + m.add(m.N) if m.R else m.frozen("forward") for m in self.members
         )
         gemms = _sum(m.frozen("backward") for m in self.members) + self._sums("backward")
-        return _of(which, forward, passes + gemms + self.add_dx())
+        return _of(which, forward, passes + gemms + self.low_rank_dx())
 
     @property
     def adapted(self) -> tuple[Layer, ...]:
