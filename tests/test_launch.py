@@ -7,9 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SEEN_AGAIN = """
-from importlib import import_module
-
+NOWHERE = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -22,7 +20,8 @@ class Launcher:
         pass
 
     def __call__(self, *words):
-        launched.append((words[4], words[:3], words[9:]))  # the binary, the grid, what the kernel is given
+        # the binary, the grid, what the kernel is given, what whoever watches is told
+        launched.append((words[4], words[:3], words[9:], words[6:9]))
 
 
 class Utils:
@@ -50,7 +49,15 @@ class Nowhere:
 
 
 driver.set_active(Nowhere())
+import fastlora_kernels as kernels
 from fastlora_kernels import Tile, device
+
+device.arch = lambda _: "sm_90"
+"""
+
+SEEN_AGAIN = (
+    NOWHERE
+    + """
 from fastlora_kernels.launch import Launch, aligned
 
 own, straight = Launch.__call__, 0
@@ -74,7 +81,7 @@ def both(launch, tensors, descriptors=()):
         launched.append(launched[-1])
     finally:
         kernel.run = compiled
-    (binary, size, given), *rest = launched[-3:]
+    (binary, size, given, _), *rest = launched[-3:]
     for other in rest:
         assert other[:2] == (binary, size), (kernel, other[:2], binary, size)
         kept = len(descriptors) + len(tensors) + len(launch.numbers)
@@ -83,9 +90,7 @@ def both(launch, tensors, descriptors=()):
 
 
 Launch.__call__ = both
-device.arch = lambda _: "sm_90"
 
-import fastlora_kernels as kernels
 from fastlora_kernels.reduce import reduce
 
 
@@ -157,6 +162,37 @@ for pool in (half, wide, half):  # the pool's dtype alone tells these launches a
     kernels.multi_outer(x, h, start, start, start, scaling[0], 64, routes, pool)
 print(straight, Nowhere.utils.binaries)
 """
+)
+
+WATCHED = (
+    NOWHERE
+    + """
+from triton import knobs
+
+runtime, x, a = knobs.runtime, torch.zeros(40, 48), torch.zeros(4, 48)
+
+
+def told():
+    kernels.shrink(x, a)
+    record, enter, leave = launched[-1][3]
+    return record is not None and (enter, leave) == (runtime.launch_enter_hook, runtime.launch_exit_hook)
+
+
+def hook(record):
+    pass
+
+
+kernels.shrink(x, a)
+said = [told()]
+for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+    chain.add(hook)
+    said.append(told())
+    chain.remove(hook)
+    said.append(told())
+runtime.launch_enter_hook = hook  # as before there were chains
+print(*said, told(), Nowhere.utils.binaries)
+"""
+)
 
 
 def ours(program: str) -> str:
@@ -175,6 +211,11 @@ def test_what_was_seen_is_what_triton_would_find() -> None:
     assert first == 19 and few >= 13
     assert second - first == 4 * (4 * 4 + 3 + 2 * 4 + 1 + 2) and some >= 60
     assert third - second == 2 * (2 * 4 + 1) + 2 + 3 * 4 and many - some >= 18
+
+
+def test_whoever_watches_launches_is_told() -> None:
+    """Launches seen before too, from when a hook is there until it is gone."""
+    assert ours(WATCHED).split() == ["False", "True", "False", "True", "False", "True", "1"]
 
 
 TRAINER_SETS = """

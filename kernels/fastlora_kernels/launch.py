@@ -16,6 +16,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora_kernels.device import INTERPRET
@@ -52,6 +54,23 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+def straight(compiled: Any, grid: tuple[int, int, int]) -> Callable[..., object]:
+    """compiled[grid], less what Triton makes of each launch for whoever watches them, as a profiler does, when nobody
+    does: a record, and two calls of chains of hooks that are empty."""
+    watched, run, function, metadata = compiled[grid], compiled.run, compiled.function, compiled.packed_metadata
+    runtime = knobs.runtime
+
+    def launch(*given: Any) -> None:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            watched(*given)
+            return
+        stream = driver.active.get_current_stream(driver.active.get_current_device())
+        run(*grid, stream, function, metadata, None, None, None, *given)
+
+    return launch
 
 
 class Launch:
@@ -92,4 +111,4 @@ class Launch:
             given = *descriptors, *tensors, *self.numbers
             compiled = self.kernel[self.grid](*given, **self.constants, **self.options)
             if lies_well and compiled is not None and not (INTERPRET or torch.version.hip):
-                self._known = dtypes, compiled[self.grid]
+                self._known = dtypes, straight(compiled, self.grid)
