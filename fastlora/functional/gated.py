@@ -52,11 +52,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     )
 
 
-def _backward(ctx: Any, dy: Tensor, needs: Sequence[Any]) -> list[Any]:
+def _backward(ctx: Any, dy: Tensor | None, needs: Sequence[Any]) -> list[Any]:
     """z = act(g) ⊙ u again;  dz is down's dx;  dg = dz ⊙ u ⊙ act'(g),  du = dz ⊙ act(g);  and dx is of both.
 
     needs: for x a bool, for each list three.   Returns the gradients in that order.
     """
+    if dy is None:
+        return [None, *([None] * 3 for _ in needs[1:])]
     need_x, need_ws, need_biases, need_as, need_bs, need_lora_biases = needs
     x, g, u, h, h_down, seeds, *factors = ctx.saved_tensors  # which checkpointing lets a backward read only once
     inner = any((*need_ws[:2], *need_biases[:2], *need_lora_biases[:2]))
@@ -92,11 +94,12 @@ class _LoRAGated(torch.autograd.Function):
         activation, backend, *flat = rest
         inputs = (x, *parted(flat), seeds, scales, ps, activation, backend)
         output = face("lora_gated", x)(*inputs)
+        ctx.set_materialize_grads(False)
         _setup(ctx, inputs, output)
         return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         need_x, _, _, _, _, _, *flat = ctx.needs_input_grad
         dx, *lists = _backward(ctx, dy, (need_x, *parted(flat)))
         return dx, None, None, None, None, None, *(grad for grads in lists for grad in grads)

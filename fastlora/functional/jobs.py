@@ -62,19 +62,21 @@ def _setup_update(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor], stamped:
     _save(ctx, x, None, tuple(rest), output[1], stamped)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, list[Any], list[Any], list[Any]]:
     """dh_j = scale_j·dy·b_j;  db_j = scale_j·dyᵀ·h_j;  da_j = dh_jᵀ·drop_j(x);  dx = dy·w + mask/(1−p) ⊙ (dh·a).
 
     Every sum of job j over its own rows.   Returns dx, das, dbs, dlora_biases.
     """
-    x, w, h, seeds, *factors, stamp = ctx.saved_tensors  # which checkpointing lets a backward read only once
     count, needs = len(ctx.ranks), ctx.needs
+    none: list[Any] = [None] * count
+    if dy is None:
+        return None, none, none, none
+    x, w, h, seeds, *factors, stamp = ctx.saved_tensors  # which checkpointing lets a backward read only once
     if stamp is not None and int(stamp) != ctx.stamp:
         raise RuntimeError(
             "jobs: a checkpointed layer was recomputed with another mapping of rows to jobs than its forward had; "
             "call backward inside the same `use` as the forward"
         )
-    none: list[Any] = [None] * count
     if not any(needs):
         return None, none, none, none
     inputs = (
@@ -98,9 +100,9 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, list[Any], list[Any]
     return dx, das, dbs, dlora_biases
 
 
-def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _update_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     """As `_backward`, with the base's part of dx left to the base: dy passes through."""
-    dx, *lists = _backward(ctx, dy.to(ctx.dy_dtype))
+    dx, *lists = _backward(ctx, None if dy is None else dy.to(ctx.dy_dtype))
     return (dy if ctx.need_y else None), (None if dx is None else dx.to(ctx.x_dtype)), *lists
 
 
@@ -111,11 +113,12 @@ class _JobsLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
         inputs = (x, w, bias, *parted(flat, lists=3), *plain)
         output = face("jobs_linear", x)(*inputs)
+        ctx.set_materialize_grads(False)
         _setup_linear(ctx, inputs, output, stamped=True)
         return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         dx, *lists = _backward(ctx, dy)
         return dx, None, None, None, *(grad for grads in lists for grad in grads)
 
@@ -127,16 +130,17 @@ class _JobsUpdate(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, plain: tuple[Any, ...], *flat: Tensor) -> Tensor:
         inputs = (y, x, *parted(flat, lists=3), *plain)
         output = face("jobs_update", x)(*inputs)
+        ctx.set_materialize_grads(False)
         _setup_update(ctx, inputs, output, stamped=True)
         return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         base, dx, *lists = _update_backward(ctx, dy)
         return base, dx, None, *(grad for grads in lists for grad in grads)
 
 
-def _standalone_linear(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _standalone_linear(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     dx, *lists = _backward(ctx, dy)
     return dx, None, None, *lists, None, None, None, None, None
 

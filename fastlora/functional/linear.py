@@ -58,8 +58,10 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     _save(ctx, x, w, a, b, output[1], seed)
 
 
-def _linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     """dh = scale·dy·b;  db = scale·dyᵀ·h;  da = dhᵀ·drop(x);  dx = dy·w + mask/(1−p) ⊙ (dh·a)."""
+    if dy is None:
+        return (None,) * 10
     need = ctx.needs_input_grad
     saved = ctx.saved_tensors
     dx, da, db = _low_rank_grads(ctx, dy, saved)
@@ -84,8 +86,10 @@ def _update_setup(
     _save(ctx, x if source is None else source, None, a, b, output[1], seed)
 
 
-def _update_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _update_backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     """As `_linear_backward`, with the base's part of dx left to the base: dy passes through."""
+    if dy is None:
+        return (None,) * 10
     need = ctx.needs_input_grad
     dx, da, db = _low_rank_grads(ctx, dy.to(ctx.dy_dtype), ctx.saved_tensors)
     dx = None if dx is None else dx.to(ctx.x_dtype)
@@ -100,6 +104,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         output = face("lora_linear", inputs[0])(*inputs)
+        ctx.set_materialize_grads(False)
         _linear_setup(ctx, inputs, output)
         return output[0]
 
@@ -113,11 +118,12 @@ class _LoRAUpdate(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *operands, source = inputs
         output = face("lora_update", operands[0])(*operands)
+        ctx.set_materialize_grads(False)
         _update_setup(ctx, tuple(operands), output, source)
         return output[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
         return *_update_backward(ctx, dy), None
 
 
@@ -137,11 +143,14 @@ class _FewRows(torch.autograd.Function):
         w, bias, lora_bias, ctx.seed, ctx.scale, ctx.p = rest
         y, h = ops.few.forward(x, w, bias, a, b, lora_bias, ctx.seed, ctx.scale, ctx.p)
         need_x, need_a, need_b, _ = ctx.needs_input_grad
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if need_a else None, w if need_x else None, a, b, h if need_b else None)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return None, None, None, None
         x, w, a, b, h = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         inputs: tuple[Any, ...] = (dy, x, w, a, b, h, ctx.seed, ctx.scale, ctx.p, *needs, "torch")
