@@ -5,6 +5,7 @@ The fine-tune leaves the base that the next two take. Each alone is `python exam
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import shlex
 import sys
@@ -20,6 +21,8 @@ EXAMPLES = (
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python examples", description="all of the demo, minutes of it")
+    parser.parse_args()
     for name, *words in EXAMPLES:
         print(f"\n$ python examples/{shlex.join([name, *words])}", flush=True)
         sys.argv = [name, *words]

@@ -32,6 +32,16 @@ def demo(monkeypatch: pytest.MonkeyPatch, code: Any) -> list[list[str]]:
     return ran
 
 
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("--quick", 2)])
+def test_what_the_demo_does_not_take_starts_none(word: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_path = runpy.run_path
+    monkeypatch.setattr(runpy, "run_path", lambda *_, **__: pytest.fail("an example was started"))
+    monkeypatch.setattr(sys, "argv", ["examples", word])
+    with pytest.raises(SystemExit) as end:
+        run_path(str(EXAMPLES), run_name="__main__")
+    assert end.value.code == code
+
+
 def test_each_in_turn_from_the_fine_tune_on(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = demo(monkeypatch, 0)
     assert [name for name, *_ in ran] == ["finetune", "multi_tenant", "multi_job", "dialogue_summarization"]
