@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         return _plan(args)
     try:
         facts = info()
-    except RuntimeError as error:  # the kernels were demanded where they cannot run
+    except (RuntimeError, ValueError) as error:  # the kernels were demanded where they cannot run, or have no table
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -46,6 +46,25 @@ def test_info_in_json_names_versions_paths_and_a_passed_self_check() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "FASTLORA_TABLES: got '{folder}', wanted a folder of tables (<arch>.json)"),
+        ("{", "{folder}/interpreter.json: not JSON (Expecting property name"),
+        ("[]", "{folder}/interpreter.json: not a table, wanted its tiles and its strategy"),
+    ],
+)
+def test_tables_that_cannot_be_used_are_one_line(text: str | None, said: str, tmp_path: Path) -> None:
+    """A folder that is not there was passed over, as if the package's own tables had been asked for."""
+    folder = tmp_path / "tables"
+    if text is not None:
+        folder.mkdir()
+        (folder / "interpreter.json").write_text(text)
+    done = run("info", TRITON_INTERPRET="1", FASTLORA_TABLES=str(folder))
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {said.format(folder=folder)}") and done.stderr.count("\n") == 1
+
+
 def wrong(name: str) -> dict[str, Any]:
     """The kernels' `name`, whose first result is 5 % off."""
     own = getattr(ops.kernels, name)

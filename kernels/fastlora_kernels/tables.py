@@ -52,12 +52,23 @@ FOLDER = Path(__file__).with_name("tables")
 
 @lru_cache(maxsize=None)
 def table(arch: str) -> dict[str, Any]:
-    """The table of `arch`, or default.json where there is none; "name" says which."""
+    """The table of `arch`, or default.json where there is none; "name" says which.
+
+    Raises ValueError where FASTLORA_TABLES names no folder, or a file holds no table.
+    """
     own = os.environ.get("FASTLORA_TABLES")
+    if own and not Path(own).is_dir():
+        raise ValueError(f"FASTLORA_TABLES: got {own!r}, wanted a folder of tables (<arch>.json)")
     folders = [Path(own), FOLDER] if own else [FOLDER]
     wanted = [folder / f"{arch}.json" for folder in folders] + [FOLDER / "default.json"]
     path = next(path for path in wanted if path.exists())
-    return {"name": path.stem, **json.loads(path.read_text())}
+    try:
+        held = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}), wanted a table") from error
+    if not isinstance(held, dict) or not {"tiles", "strategy"} <= set(held):
+        raise ValueError(f"{path}: not a table, wanted its tiles and its strategy")
+    return {"name": path.stem, **held}
 
 
 def admits(row: dict[str, Any], dtype: torch.dtype, **sizes: int) -> bool:
