@@ -50,8 +50,11 @@ class Run:
     outcomes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = (self.out / "run.log").open("a")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.log = (self.out / "run.log").open("a")
+        except OSError as error:
+            raise BadInput(f"OUT: got {self.out}, wanted a folder that can be written ({error.strerror})") from error
         with contextlib.suppress(OSError, ValueError):  # none yet, or cut off
             held = json.loads((self.out / "run.json").read_text())
             self.outcomes = {part: of for part, of in held.items() if part in PARTS} if isinstance(held, dict) else {}
@@ -232,6 +235,11 @@ PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
 }
 
 
+def _usual(device: str) -> Path:
+    """Where the files go unless told."""
+    return ROOT / "benchmarks/results" / machine.slug(machine.name_of(torch.device(device)))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="", help=f"of {' '.join(PARTS)}; all unless given")
@@ -251,15 +259,12 @@ def main(argv: list[str] | None = None) -> int:
             raise BadInput(f"BUDGET: got {args.budget!r}, wanted a whole number of seconds ≥ 1")
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("DEVICE: got cuda, and torch sees no GPU; DEVICE=cpu runs every part at a tiny size")
+        out = Path(args.out or os.environ.get("OUT") or _usual(args.device))
+        # a chosen part takes the time of those left out
+        run = Run(args.device, out, scale=int(args.budget) / sum(BUDGETS[part] for part in chosen))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    asked = args.out or os.environ.get("OUT")
-    out = (
-        Path(asked) if asked else ROOT / "benchmarks/results" / machine.slug(machine.name_of(torch.device(args.device)))
-    )
-    # a chosen part takes the time of those left out
-    run = Run(args.device, out, scale=int(args.budget) / sum(BUDGETS[part] for part in chosen))
     states = []
     for part in PARTS:
         if part not in chosen:

@@ -157,6 +157,14 @@ def test_bad_input(words: list[str], said: str, tmp_path: Path, capsys: pytest.C
     assert said in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("kept")
+    assert gpu.main(["--parts", "environment", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    shown = capsys.readouterr()
+    assert shown.err == f"error: OUT: got {tmp_path / 'file'}, wanted a folder that can be written (File exists)\n"
+    assert shown.out == "" and (tmp_path / "file").read_text() == "kept"
+
+
 def test_the_parts_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 520 seconds unless said otherwise, whoever is chosen."""
 
