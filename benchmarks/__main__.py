@@ -37,6 +37,9 @@ from benchmarks.shapes import SETS, expanded
 
 COMMANDS = ("compare", "report")
 RESULTS = machine.ROOT / "benchmarks" / "results"
+TINY = machine.ROOT / "out" / "benchmarks"
+"""For the set of that name, whose times are never checked in."""
+
 TAKES = {"--plugin": ("linear", "overhead"), "--shape": ("linear",)}
 """The suites that an option means something to."""
 
@@ -73,7 +76,12 @@ def _parser() -> _Parser:
     )
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="when to stop, between two cases")
     parser.add_argument("--threads", type=_positive, help="of a CPU, on as many of its cores")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where SUITE.json goes; benchmarks/results/<device>")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where SUITE.json goes; benchmarks/results/<device>, or out/benchmarks/<device> of tiny",
+    )
     return parser
 
 
@@ -136,7 +144,7 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
         here, impls, rounds, set_name, tuple(args.shape), compile=any("compiled" in name for name in args.impl)
     )
     stamp = {**here.stamp(arguments), "slug": here.slug, "set": set_name, "rounds": rounds}
-    out = args.out or RESULTS / here.slug
+    out = args.out or (TINY if set_name == "tiny" else RESULTS) / here.slug
     _prove_writable(out)
     for line in left_alone:
         print(line, file=sys.stderr)

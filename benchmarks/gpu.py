@@ -1,8 +1,8 @@
 """Everything a GPU can tell, part by part, each on its own budget: `make gpu [PARTS=…] [BUDGET=240] [DEVICE=cpu]`.
 
-Files in $OUT, or under benchmarks/results/<device>/: run.json (what each part came to, rewritten after each), run.log
-(all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves what was written so far,
-and a call for other parts what is there.
+Files in $OUT, or under benchmarks/results/<device>/, or out/gpu/ of a CPU: run.json (what each part came to, rewritten
+after each), run.log (all that was printed), tables/<arch>.json (tuned), one JSON a suite. An interrupted run leaves
+what was written so far, and a call for other parts what is there.
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ PARTS: dict[str, Callable[[Run, float], dict[str, Any]]] = {
 
 
 def _usual(device: str) -> Path:
-    """Where the files go unless told."""
+    """Where the files go unless told: never tiny times over those that are checked in."""
+    if device == "cpu":
+        return ROOT / "out/gpu"
     return ROOT / "benchmarks/results" / machine.slug(machine.name_of(torch.device(device)))
 
 
@@ -247,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--budget", default=str(sum(BUDGETS.values())), help="seconds for all parts, %(default)s unless given"
     )
-    parser.add_argument("--out", type=Path, help="$OUT, or benchmarks/results/<device>/ unless given")
+    parser.add_argument("--out", type=Path, help="$OUT, or benchmarks/results/<device>/, or out/gpu/ of a CPU")
     args = parser.parse_args(argv)
     try:
         chosen = args.parts.split() or list(PARTS)

@@ -136,3 +136,13 @@ def test_the_ceilings_are_the_best_of_their_probes(monkeypatch: pytest.MonkeyPat
     found = machine._ceilings(torch.device("cpu"), quick=True)
     assert found.copy_gb_s == pytest.approx(2 * 2**22 / 2 / 1e9)
     assert found.matmul_tflop_s == pytest.approx({"fp32": 2 * 64**3 / 2 / 1e12, "bf16": 2 * 64**3 / 0.5 / 1e12})
+
+
+@pytest.mark.usefixtures("no_measuring")
+def test_the_tiny_set_leaves_the_results_that_are_checked_in_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.__main__.RESULTS", tmp_path / "results")
+    monkeypatch.setattr("benchmarks.__main__.TINY", tmp_path / "tiny", raising=False)
+    assert main(["linear", *QUICK]) == 0
+    assert not (tmp_path / "results").exists() and [*tmp_path.glob("tiny/*/linear.json")]

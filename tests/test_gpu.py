@@ -165,6 +165,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pyt
     assert shown.out == "" and (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_cpu_leaves_the_results_that_are_checked_in_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its times are of a tiny size, and lay over those of the machine's own folder."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "PARTS", {"tests": lambda run, seconds: {"state": "ok"}})
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu.main(["--device", "cpu"]) == 0
+    assert (tmp_path / "out/gpu/run.json").exists() and not (tmp_path / "benchmarks").exists()
+
+
 def test_the_parts_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 520 seconds unless said otherwise, whoever is chosen."""
 
