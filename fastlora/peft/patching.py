@@ -143,7 +143,7 @@ def unpatch(model: nn.Module) -> None:
 
 
 def register(lora_config: Config) -> Config:
-    """Let layers that PEFT makes from this config be patched from birth, whichever adapter is added, whenever.
+    """Let layers that PEFT makes from this config be patched from birth; an adapter's added later need its own.
 
     Call it before get_peft_model or add_adapter; the registration is not saved with the adapter.
     Returns lora_config itself.   Raises TypeError when it is not a LoraConfig.
