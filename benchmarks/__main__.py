@@ -86,7 +86,7 @@ def _parser() -> _Parser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number ≥ 1")
     return int(text)
 

@@ -38,6 +38,7 @@ def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
         (["linear", "--set", "huge"], "argument --set: invalid choice: 'huge' (choose from "),
         (["linear", "--device", "tpu"], "argument --device: invalid choice: 'tpu' (choose from "),
         (["linear", "--rounds", "0"], "argument --rounds: got '0', wanted a whole number ≥ 1"),
+        (["linear", "--rounds", "²"], "argument --rounds: got '²', wanted a whole number ≥ 1"),
         (["linear", "--threads", "4096"], "--threads: got 4096, wanted 1 to "),
         (["linear", "--faster"], "unrecognized arguments: --faster"),
         (["step", "block", "--plugin", PLUGIN], "--plugin: got step, block, wanted with it any of linear, overhead"),
