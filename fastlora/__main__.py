@@ -187,7 +187,10 @@ def _bench(arguments: list[str]) -> int:
 def _batch(text: str) -> tuple[int, int]:
     """ "4x512" -> (4, 512), and "512" -> (1, 512)."""
     rows, _, length = text.rpartition("x")
-    return int(rows or 1), int(length)
+    try:
+        return int(rows or 1), int(length)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted rows x tokens, as 4x512, or tokens") from None
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -162,3 +162,9 @@ def test_the_command_prints_a_table_and_json(flan: Path, capsys: pytest.CaptureF
 def test_mistakes_are_named(change: list[str], said: str, flan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(flan), *change]) == 2
     assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_batch_that_is_none_names_what_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--model", "any", "--tokens", "4by512"])
+    assert "--tokens: got '4by512', wanted rows x tokens, as 4x512, or tokens\n" in capsys.readouterr().err
