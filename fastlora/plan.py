@@ -180,10 +180,14 @@ def _config(model: str) -> Any:
 
     try:
         return AutoConfig.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: got {model!r}, wanted a folder with a config.json or an id in the local cache: {error}"
-        ) from error
+    except Exception as error:  # a config's own checks have no common type
+        wanted = "a folder with a config.json or an id in the local cache"
+        raise ValueError(f"model: got {model!r}, wanted {wanted}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What transformers says first; a hundred classes that would do, or advice on its hub, may follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _built(config: Any) -> Any:
@@ -191,7 +195,10 @@ def _built(config: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model: Any = kind.from_config(config, dtype=config.dtype or torch.float32).train()
+    try:
+        model: Any = kind.from_config(config, dtype=config.dtype or torch.float32).train()
+    except ValueError as error:
+        raise ValueError(f"model: {_first_line(error)}") from error
     if getattr(config, "scale_decoder_outputs", True) is False:
         # T5 1.1 and FLAN-T5: transformers notes so that config.json unties the head, and unties on reading the weights
         head = model.get_output_embeddings()

@@ -161,7 +161,24 @@ def test_the_command_prints_a_table_and_json(flan: Path, capsys: pytest.CaptureF
 )
 def test_mistakes_are_named(change: list[str], said: str, flan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(flan), *change]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said}") and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "vit"}, "model: Unrecognized configuration class"),
+        ({"model_type": "llama", "hidden_size": 64, "num_attention_heads": 5}, "model: got '{folder}', wanted"),
+    ],
+)
+def test_a_config_of_no_language_model_is_one_line(
+    config: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"error: {said.format(folder=tmp_path)}") and shown.count("\n") == 1
 
 
 def test_a_batch_that_is_none_names_what_is(capsys: pytest.CaptureFixture[str]) -> None:
