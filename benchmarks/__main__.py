@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import os
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from benchmarks.clock import first_line
 from benchmarks.contest import Bench, Found
 from benchmarks.records import SUITES, BadInput
 from benchmarks.shapes import SETS, expanded
+from fastlora.__main__ import UNREAD
 
 COMMANDS = ("compare", "report")
 RESULTS = machine.ROOT / "benchmarks" / "results"
@@ -102,7 +104,7 @@ def _seconds(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the bench.   Returns 0, 1 where a result was refused, 2 for bad input, 130 when interrupted."""
+    """Run the bench.   Returns 0, 1 where a result was refused, 2 for bad input, 130 interrupted, 141 unread."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments and arguments[0] in COMMANDS:
@@ -116,6 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the results so far are written", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # as of `| head`: what is left goes nowhere, nor is it tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("nobody reads on: the results so far are written", file=sys.stderr)
+        return UNREAD
     finally:
         table.clear()
 
@@ -211,8 +217,8 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
         refused += of_case.refused
         eager += of_case.eager
         table.clear()
-        print(table.rows(of_case.records, of_case.refused), flush=True)
         records.write(path, {"suite": name, **stamp, "refused": refused, "eager": eager}, found)
+        print(table.rows(of_case.records, of_case.refused), flush=True)
     return len(refused)
 
 

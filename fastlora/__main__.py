@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sys
 from dataclasses import replace
@@ -22,6 +23,9 @@ from torch.nn.functional import linear
 
 from fastlora import __version__, dispatch, functional, ops, plan, reference
 from fastlora.dispatch import Decision
+
+UNREAD = 141
+"""128 + SIGPIPE, what a shell says of a program that wrote to no reader."""
 
 _PACKAGES = ("torch", "triton", "transformers", "peft")
 _SHAPES = {"one token": (1, 4096, 4096, 16), "training": (8192, 4096, 4096, 16), "narrow": (8192, 256, 1024, 16)}
@@ -205,7 +209,17 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if argv is None else argv
+    """Run a command.   Returns 0, 1 where the self-check fails, 2 for bad input, 141 where nobody reads on."""
+    try:
+        code = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: what is left goes nowhere, nor is it tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if arguments[:1] == ["bench"]:  # its own parser takes the rest, --help too
         return _bench(arguments[1:])
     parser = argparse.ArgumentParser(

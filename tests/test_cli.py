@@ -21,6 +21,7 @@ from fastlora.reference import dropout_threshold
 from fastlora_kernels import linear, strategy, tile
 
 ROOT = Path(__file__).parents[1]
+PATHS = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 
 
 def run(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -63,6 +64,19 @@ def test_tables_that_cannot_be_used_are_one_line(text: str | None, said: str, tm
     done = run("info", TRITON_INTERPRET="1", FASTLORA_TABLES=str(folder))
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith(f"error: {said.format(folder=folder)}") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["info"], ["bench", "linear", "--set", "tiny", "--impl", "frozen", "--rounds", "1", "--out"]]
+)
+def test_a_reader_that_leaves_gets_no_traceback(words: list[str], tmp_path: Path) -> None:
+    out = [str(tmp_path)] * ("bench" in words)
+    command = [sys.executable, "-W", "ignore", "-m", "fastlora", *words, *out]
+    child = subprocess.Popen(command, cwd=ROOT, env=PATHS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout and child.stderr
+    child.stdout.close()
+    said = child.stderr.read()
+    assert child.wait() == 141 and "Traceback" not in said and "BrokenPipe" not in said
 
 
 def wrong(name: str) -> dict[str, Any]:
