@@ -327,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--unchecked", action="store_true", help="launch only: no float64 beside, for a profiler")
     parser.add_argument("--jobs", type=int, default=0, help="processes to launch in, so that they compile side by side")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, and torch sees no GPU; cpu, with TRITON_INTERPRET=1, is interpreted")
     cases = [(args.size, kernel) for kernel in args.kernel] or [
         *((args.size, kernel) for kernel in names),
         ("long", "shrink"),

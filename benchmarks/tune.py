@@ -353,6 +353,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for <arch>.json")
     parser.add_argument("--seconds", type=float, default=540.0, help="when to stop")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, and torch sees no GPU; cpu, with TRITON_INTERPRET=1, is interpreted")
     start = time.monotonic()
     arch = kernels.arch(torch.empty(0, device=args.device))
     on_gpu = args.device == "cuda"

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastlora_kernels
-from benchmarks import gpu, probe
+from benchmarks import gpu, probe, tune
 from benchmarks.probe import SIZES, Problem, launch, operands
 from benchmarks.records import read
 from fastlora_kernels.launch import Launch
@@ -172,6 +173,15 @@ def test_a_cpu_leaves_the_results_that_are_checked_in_alone(tmp_path: Path, monk
     monkeypatch.delenv("OUT", raising=False)
     assert gpu.main(["--device", "cpu"]) == 0
     assert (tmp_path / "out/gpu/run.json").exists() and not (tmp_path / "benchmarks").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [probe.main, tune.main])
+def test_without_a_gpu_its_tools_say_so(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command(["--out", str(tmp_path / "none")] if command is tune.main else [])
+    assert "error: --device: got cuda, and torch sees no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_parts_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
