@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace, arguments: list[str]) -> int:
         share = None
         if deadline is not None:  # what is left, shared among the suites that are left
             share = time.monotonic() + (deadline - time.monotonic()) / (len(wanted) - index)
-        refused += _suite(name, bench, stamp, out / f"{name}.json", share)
+        refused += _suite(name, bench, stamp, out / f"{name}.json", share, args.impl)
     return 1 if refused else 0
 
 
@@ -188,8 +188,13 @@ def _prove_writable(out: Path) -> None:
         raise BadInput(f"--out: got {str(out)!r}, wanted a folder that can be written ({error.strerror})") from error
 
 
-def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline: float | None) -> int:
-    """Run one suite, its file rewritten after each case.   Returns how many results the gate refused."""
+def _suite(
+    name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline: float | None, asked: Sequence[str]
+) -> int:
+    """Run one suite, its file rewritten after each case.   Returns how many results the gate refused.
+
+    asked: the implementations that the user named, each of which is found in some case or said to be in none.
+    """
     try:
         suite = importlib.import_module(f"benchmarks.{name}")
     except ModuleNotFoundError as error:
@@ -219,6 +224,10 @@ def _suite(name: str, bench: Bench, stamp: dict[str, Any], path: Path, deadline:
         table.clear()
         records.write(path, {"suite": name, **stamp, "refused": refused, "eager": eager}, found)
         print(table.rows(of_case.records, of_case.refused), flush=True)
+    said = {record.impl for record in found}.union(*(line.split() for line in refused))
+    absent = [impl for impl in asked if said.isdisjoint({impl, f"{impl}:"})]
+    if absent:
+        print(f"{name}: none of its cases has {', '.join(absent)}", file=sys.stderr)
     return len(refused)
 
 

@@ -332,8 +332,9 @@ class AdapterBank:
     def _find(self, name: str, kind: str | None = None) -> Version:
         version = self._versions.get(name)
         if version is None:
-            near = difflib.get_close_matches(str(name), self._versions, n=5, cutoff=0.5)
-            known = near + [other for other in self._versions if other not in near]
+            fit = [other for other, held in self._versions.items() if kind in (None, held.kind)]
+            near = difflib.get_close_matches(str(name), fit, n=5, cutoff=0.5)
+            known = near + [other for other in fit if other not in near]
             listed = ", ".join(map(repr, known[:20])) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
             raise UnknownAdapter(
                 f"adapter {name!r}: not loaded, deleted, or dropped from a full host cache; wanted one of: "

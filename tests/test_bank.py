@@ -263,6 +263,8 @@ def test_names_are_never_taken_for_the_base() -> None:
     take(bank, "prompt", prompter(base_model(), 2))
     with pytest.raises(ValueError, match=r"'r44'.*wanted one of: 'r4'"), bank.use(["r44"]):
         pass
+    with pytest.raises(ValueError, match=r"'promt'.*wanted one of: 'prompt'$"), bank.use(prompt_names=["promt"]):
+        pass
     with pytest.raises(KeyError), bank.use([""]):
         pass
     with pytest.raises(ValueError, match="belongs in prompt_names"), bank.use(["prompt"]):

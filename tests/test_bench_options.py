@@ -71,6 +71,12 @@ def test_suites_that_an_option_does_not_apply_to_are_named(tmp_path: Path, capsy
     assert capsys.readouterr().err == "--plugin does not apply to block\n--shape does not apply to block\n"
 
 
+def test_an_implementation_that_no_case_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """vllm-style is of many adapters; peft is in every case."""
+    assert main(["overhead", "--impl", "peft", "vllm-style", *QUICK, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == "overhead: none of its cases has vllm-style\n"
+
+
 @pytest.mark.parametrize("where", ["a file", "a file/inside", "/proc/none"])
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
