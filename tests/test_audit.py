@@ -40,6 +40,13 @@ def test_every_case_has_a_row(rows: dict[tuple[str, ...], audit.Row]) -> None:
     assert list(rows) == [case.key for case in cases()], f"cases were added or removed: run {WRITE}"
 
 
+def test_a_table_is_written_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["audit", "--arch", "sm_90", "--write"])
+    with pytest.raises(SystemExit, match="2"):
+        audit.main()
+    assert "--write compiles everything, wanted it without --arch and --kernel" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("kernel", [kernel for kernel, axes in AXES.items() if axes])
 def test_at_least_four_tiles_a_kernel(arch: str, kernel: str) -> None:
