@@ -5,6 +5,7 @@ Both sides share every tensor: `patch` and `unpatch` change the class of the LoR
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -128,6 +129,7 @@ def peak(step: Callable[[Batch], None], batch: Batch) -> int:
         before = torch.cuda.memory_allocated()
         step(batch)
         return torch.cuda.max_memory_allocated() - before
+    gc.collect()  # what earlier steps left in cycles is no part of this one, and would lower its level when it goes
     with _quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(batch)
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
