@@ -50,7 +50,7 @@ def test_the_x_pass_leaves_the_masks_of_the_seeds(R: int, config: Tile, device: 
 @pytest.mark.parametrize("K", [72, 75, 264])
 @pytest.mark.parametrize("config", [*TILES, Tile(32, 64, 64, tma=True), Tile(32, 256, 64, tma=True)], ids=str)
 def test_dx_has_the_same_bits(config: Tile, K: int, device: str) -> None:
-    """In either form, with one mask or several, on a GEMM, on a base that is there and on none."""
+    """In either form, with one mask or several, in a GEMM and alone."""
     M, N = 70, 40
     t, seeds = layer("bf16+fp32", 7, device, M, K, N), torch.tensor([5, 6, 7], device=device)
     bits, one = empty_bits(3, t.x), empty_bits(1, t.x)
