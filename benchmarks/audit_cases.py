@@ -28,7 +28,7 @@ AXES = {
 FLAGS = {
     "shrink": ("dropout",),
     "expand": ("biases",),
-    "add": ("add", "none bias", "none dropout", "none bits dropout"),
+    "add": ("add", "none lora_bias", "none dropout", "none bits dropout"),
     "dy": ("",),
     "x": ("dropout", "bits dropout"),
     "dx": ("", "dropout", "bits dropout"),
@@ -105,8 +105,8 @@ class Case:
                 kernels.expand(x, w, None, h, b, 0.5, config=t)
             case "add" if self.flags == "add":
                 kernels.add_expand(dy, h, b, 0.5, out=dy, config=t)
-            case "add" if self.flags == "none bias":
-                kernels.low_rank(h, b, of(N), 0.5, main, lora_bias, config=t)
+            case "add" if self.flags == "none lora_bias":
+                kernels.low_rank(h, b, 0.5, main, lora_bias, config=t)
             case "add":
                 kernels.low_rank_dx(h, a, main, p=p, seed=seed, bits=bits, config=t)
             case "dy":

@@ -156,7 +156,7 @@ def launch(kernel: str, t: Operands, config: Tile | None = None) -> tuple[Tensor
         case "expand":
             return (kernels.expand(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], SCALE, config=config),)
         case "add" if not any(t.ps):
-            return (kernels.low_rank(t.hs[0], t.bs[0], t.biases[0], SCALE, t.x.dtype, config=config),)
+            return (kernels.low_rank(t.hs[0], t.bs[0], SCALE, t.x.dtype, config=config),)
         case "shrink" | "group_shrink":
             return (kernels.group_shrink(t.x, t.as_, **masked),)
         case "x" | "group_x":
@@ -183,7 +183,7 @@ def twin(module: Any, kernel: str, t: Operands) -> tuple[Tensor, ...]:
         case "expand":
             return (module.expand(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], SCALE),)
         case "add" if not any(t.ps):
-            return (module.add_expand(t.biases[0].expand_as(t.dys[0]), t.hs[0], t.bs[0], SCALE),)
+            return (module.add_expand(torch.zeros_like(t.dys[0]), t.hs[0], t.bs[0], SCALE),)
         case "shrink" | "group_shrink":
             return (torch.cat([module.shrink(t.x, a, **drop) for a, drop in zip(t.as_, drops, strict=True)], 1),)
         case "x" | "group_x":

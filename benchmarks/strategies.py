@@ -42,7 +42,7 @@ class Race:
 
         def apart() -> Tensor:
             if kernel == "expand":
-                return expand_split(t.x, t.ws[0], t.biases[0], t.hs[0], t.bs[0], None, SCALE, config=add)
+                return expand_split(t.x, t.ws[0], None, t.hs[0], t.bs[0], None, SCALE, config=add)
             (grad,) = launch("group_add", t, add)
             for dy, w in zip(t.dys, t.ws, strict=True):
                 grad.addmm_(dy, w)

@@ -150,7 +150,7 @@ def launch(t: Layer, config: Tile, p: float = 0.0) -> dict[str, Tensor]:
         "expand": kernels.expand(t.x, t.w, t.bias, t.h, t.b, SCALE, t.lora_bias, config=config),
         "add_expand": kernels.add_expand(t.dy, t.h, t.b, SCALE, t.lora_bias, config=config),
         "dx": kernels.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed, config=config),
-        "low_rank": kernels.low_rank(t.h, t.b, t.bias, SCALE, t.x.dtype, t.lora_bias, config=config),
+        "low_rank": kernels.low_rank(t.h, t.b, SCALE, t.x.dtype, t.lora_bias, config=config),
         "low_rank_dx": kernels.low_rank_dx(t.dh, t.a, t.x.dtype, p=p, seed=seed, config=config),
     }
 
@@ -167,7 +167,7 @@ def twins(module: Any, t: Layer, p: float = 0.0) -> dict[str, Tensor]:
         "db": db,
         "da": module.x_pass(t.x, t.dh, t.a.dtype, p=p, seed=seed),
         "dx": module.dx(t.dy, t.w, t.dh, t.a, p=p, seed=seed),
-        "low_rank": module.add_expand(t.bias.expand(t.dy.shape), t.h, t.b, SCALE, t.lora_bias, t.x.dtype),
+        "low_rank": module.add_expand(torch.zeros_like(t.dy), t.h, t.b, SCALE, t.lora_bias, t.x.dtype),
         "low_rank_dx": module.dx(t.x, None, t.dh, t.a, p=p, seed=seed),
     }
 

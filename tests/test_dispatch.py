@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import plain
 import pytest
 import torch
+from tolerance import assert_close
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -213,3 +215,16 @@ def test_a_term_is_not_rounded_below_its_adapters_dtype(
     assert ran == [launch] and y.dtype == narrow
     torch.testing.assert_close(y.double(), x.double() @ w.double().t() + 0.5 * h.double() @ b.double().t(),
                                rtol=2e-2, atol=2e-2 * 24**0.5)  # fmt: skip
+
+
+def test_a_bias_that_cancels_the_product_is_not_rounded_before_it() -> None:
+    """As a trained one does where a feature of x is large and the same in every row."""
+    from fastlora_kernels.linear import expand_split
+
+    x, w, h, b = (torch.randn(*size) for size in ((20, 24), (40, 24), (20, 4), (40, 4)))
+    x[:, 0] = 256.0
+    x, w, b, h = x.bfloat16(), w.bfloat16(), 0.1 * b.bfloat16(), h
+    bias = (-256 * w[:, 0].float()).bfloat16()
+    exact = plain.expand(*(t.double() for t in (x, w, bias, h, b)), 0.5)
+    y = expand_split(x, w, bias, h, b, None, 0.5)
+    assert_close(y, plain.expand(x, w, bias, h, b, 0.5), exact, "y")

@@ -128,7 +128,7 @@ for main, adapter, other in ((half, half, half), (half, wide, half), (half, half
         kernels.dy_pass(dy, h if want_db else None, b, 0.5, want_dh=want_dh, want_db=want_db)
     for lora_bias in (None, bias):
         kernels.add_expand(dy, h, b, 0.5, lora_bias)
-        kernels.low_rank(h, b, bias, 0.5, main, lora_bias)
+        kernels.low_rank(h, b, 0.5, main, lora_bias)
         kernels.add_expand(dy, h, b, 0.5, lora_bias, out=at(0, M, N))
         kernels.expand(x, at(0, N, K, dtype=main), lora_bias, h, b, 0.5, lora_bias)
     kernels.glu(g, x, "silu")

@@ -225,19 +225,18 @@ def add_expand(
 def low_rank(
     h: Tensor,
     b: Tensor,
-    bias: Tensor | None,
     scale: float,
     dtype: torch.dtype,
     lora_bias: Tensor | None = None,
     *,
     config: Tile | None = None,
 ) -> Tensor:
-    """y = bias + scale·h·bᵀ + scale·lora_bias, to which the vendor's GEMM then adds x·wᵀ  (the *split* strategy).
+    """y = scale·h·bᵀ + scale·lora_bias, to which the vendor's GEMM then adds x·wᵀ  (the *split* strategy).
 
-    h: [M, R] fp32.   b: [N, R].   bias, lora_bias: [N].   Returns y: [M, N] in dtype.
+    h: [M, R] fp32.   b: [N, R].   lora_bias: [N].   Returns y: [M, N] in dtype.
     """
     y, terms = h.new_empty((h.shape[0], b.shape[0]), dtype=dtype), Terms([h], [b], (float(scale),), lora_bias)
-    return _run("add", NONE, [y], [], bias, terms, y, config)
+    return _run("add", NONE, [y], [], None, terms, y, config)
 
 
 def _dx_terms(

@@ -56,11 +56,12 @@ def expand_split(
     """y = x·wᵀ + bias + scale·h·bᵀ + scale·lora_bias by the vendor's GEMM and one launch.   config: of the launch.
 
     The low-rank term comes first, and the GEMM, which is bound by arithmetic, reads it as it adds: an update behind it
-    reads y and writes it again, which nothing hides. But the term is then rounded to x's dtype. Plain torch rounds it
-    so as well, unless the adapter's dtype is the wider one: there the update is added behind, in fp32.
+    reads y and writes it again, which nothing hides. But what comes first is rounded to x's dtype. Plain torch rounds
+    the term so as well, unless the adapter's dtype is the wider one, and never a bias, which may cancel x·wᵀ: there the
+    update is added behind, in fp32.
     """
-    if torch.promote_types(x.dtype, b.dtype) is x.dtype:
-        return low_rank(h, b, bias, scale, x.dtype, lora_bias, config=config).addmm_(x, w.t())
+    if bias is None and torch.promote_types(x.dtype, b.dtype) is x.dtype:
+        return low_rank(h, b, scale, x.dtype, lora_bias, config=config).addmm_(x, w.t())
     y = base_linear(x, w, bias)
     return add_expand(y, h, b, scale, lora_bias, out=y, config=config)
 
